@@ -1,0 +1,166 @@
+"""Which rows of a packed matrix form which bag."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Ragged(NamedTuple):
+    """Ranges of rows in a packed matrix `[T, D]`: bag b is rows `starts[b] : starts[b] + lengths[b]`.
+
+    Bags may come in any order, repeat, overlap and leave gaps, so a minibatch drawn from a cohort
+    that lies in memory copies nothing. The two host integers spare every op a synchronisation with
+    the device.
+
+    Attributes:
+        starts: [B] int64, first row of each bag.
+        lengths: [B] int64, rows of each bag; 0 is an absent bag.
+        total: sum of `lengths`.
+        max_length: the longest bag; 0 for no bags.
+
+    Example:
+        >>> Ragged.from_lengths([3, 0, 2]).starts.tolist()
+        [0, 3, 3]
+    """
+
+    starts: Tensor
+    lengths: Tensor
+    total: int
+    max_length: int
+
+    @classmethod
+    def from_lengths(
+        cls, lengths: Tensor | Sequence[int], *, device: torch.device | str | None = None
+    ) -> Ragged:
+        """Bags that lie one behind the other, starting at row 0.
+
+        Args:
+            lengths: [B] non-negative integers.
+            device: where the two tensors go; by default that of `lengths`.
+
+        Raises:
+            ValueError: a length is negative, or `lengths` is not a vector of integers.
+        """
+        lengths = _int_vector(lengths, "lengths", device)
+        ends = lengths.cumsum(0)
+        return cls.from_ranges(ends - lengths, lengths)
+
+    @classmethod
+    def from_offsets(
+        cls, offsets: Tensor | Sequence[int], *, device: torch.device | str | None = None
+    ) -> Ragged:
+        """From cumulative offsets `[B + 1]`, as flash-attn's `cu_seqlens`.
+
+        Raises:
+            ValueError: `offsets` is empty, starts below 0 or decreases.
+        """
+        offsets = _int_vector(offsets, "offsets", device)
+        if offsets.numel() == 0:
+            raise ValueError("offsets is empty; it must hold B + 1 cumulative row counts")
+        return cls.from_ranges(offsets[:-1], offsets.diff())
+
+    @classmethod
+    def from_jagged(cls, nested: Tensor) -> Ragged:
+        """From a `torch.nested` tensor with jagged layout; its `.values()` is the packed matrix."""
+        if not getattr(nested, "is_nested", False) or nested.layout != torch.jagged:
+            raise ValueError("nested must be a nested tensor with layout torch.jagged")
+        offsets = nested.offsets().to(torch.int64)
+        lengths = nested.lengths()
+        lengths = offsets.diff() if lengths is None else lengths.to(torch.int64)
+        return cls.from_ranges(offsets[:-1], lengths)
+
+    @classmethod
+    def from_ranges(
+        cls,
+        starts: Tensor | Sequence[int],
+        lengths: Tensor | Sequence[int],
+        *,
+        device: torch.device | str | None = None,
+    ) -> Ragged:
+        """From first rows and row counts in any order. Reads both on the host once.
+
+        Raises:
+            ValueError: shapes differ, or a value is negative.
+        """
+        starts = _int_vector(starts, "starts", device)
+        lengths = _int_vector(lengths, "lengths", device)
+        if starts.shape != lengths.shape:
+            raise ValueError(
+                f"starts has {starts.numel()} bags and lengths {lengths.numel()}; "
+                "they must have the same number"
+            )
+        if starts.device != lengths.device:
+            raise ValueError(
+                f"starts is on {starts.device} and lengths on {lengths.device}; "
+                "they must be on one device"
+            )
+        if lengths.numel() == 0:
+            return cls(starts, lengths, 0, 0)
+        low_start, low, high, total = torch.stack(
+            [starts.min(), lengths.min(), lengths.max(), lengths.sum()]
+        ).tolist()
+        if low_start < 0:
+            raise ValueError(f"starts holds {low_start}; a first row must be at least 0")
+        if low < 0:
+            raise ValueError(f"lengths holds {low}; a bag has at least 0 rows")
+        return cls(starts, lengths, total, high)
+
+    @property
+    def n_bags(self) -> int:
+        """Number of bags B."""
+        return self.lengths.shape[0]
+
+    def select(self, indices: Tensor | Sequence[int]) -> Ragged:
+        """The bags `indices`, in that order; the packed matrix stays where it is."""
+        indices = _int_vector(indices, "indices", self.starts.device)
+        return Ragged.from_ranges(self.starts[indices], self.lengths[indices])
+
+    def to(self, device: torch.device | str) -> Ragged:
+        """The same ranges with both tensors on `device`."""
+        return self._replace(starts=self.starts.to(device), lengths=self.lengths.to(device))
+
+    def packed(self) -> Ragged:
+        """The ranges that per-patch results have: the same lengths, one behind the other."""
+        ends = self.lengths.cumsum(0)
+        return self._replace(starts=ends - self.lengths)
+
+    def check(self, n_rows: int) -> None:
+        """Raise unless every bag lies within a packed matrix of `n_rows` rows.
+
+        Synchronises with the device; ops on CUDA clamp instead.
+
+        Raises:
+            ValueError: names the first bag that does not fit, or the host integer that is wrong.
+        """
+        starts, lengths = self.starts.cpu(), self.lengths.cpu()
+        wrong = (starts < 0) | (lengths < 0) | (starts + lengths > n_rows)
+        if bool(wrong.any()):
+            b = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"ragged: bag {b} is rows {int(starts[b])} to {int(starts[b] + lengths[b])}, "
+                f"but the bag matrix has {n_rows} rows"
+            )
+        total = int(lengths.sum())
+        longest = int(lengths.max()) if lengths.numel() else 0
+        if (total, longest) != (self.total, self.max_length):
+            raise ValueError(
+                f"ragged: total and max_length are {self.total} and {self.max_length}, "
+                f"but the lengths give {total} and {longest}"
+            )
+
+
+def _int_vector(
+    values: Tensor | Sequence[int], name: str, device: torch.device | str | None
+) -> Tensor:
+    tensor = torch.as_tensor(values, device=device)
+    if tensor.numel() == 0:
+        tensor = tensor.to(torch.int64)
+    if tensor.dim() != 1 or tensor.dtype.is_floating_point or tensor.dtype == torch.bool:
+        raise ValueError(
+            f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; it must be a vector of integers"
+        )
+    return tensor.to(torch.int64)

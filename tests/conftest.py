@@ -1,0 +1,30 @@
+"""Fixtures every test may use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--shared-data",
+        default=str(Path(__file__).resolve().parents[2] / "shared" / "data"),
+        help="folder with the public data files the data tests read in place",
+    )
+
+
+@pytest.fixture(scope="session")
+def shared_data(request: pytest.FixtureRequest) -> Path:
+    """The folder of public data files; tests that need it are skipped where it is absent."""
+    folder = Path(request.config.getoption("--shared-data"))
+    if not folder.is_dir():
+        pytest.skip(f"the public data files are not at {folder}; point --shared-data at them")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
