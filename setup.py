@@ -53,7 +53,7 @@ def build_mode() -> str:
     if mode not in ("", "none", "cpu", "cuda"):
         raise SystemExit(f"SURVFUSE_BUILD is {mode!r}; it must be none, cpu or cuda, or unset")
     if mode == "cuda" and find_nvcc() is None:
-        raise SystemExit("SURVFUSE_BUILD=cuda needs nvcc on PATH or CUDA_HOME set to a CUDA toolkit")
+        raise SystemExit("SURVFUSE_BUILD=cuda needs nvcc on PATH, or CUDA_HOME set to its toolkit")
     return mode or ("cuda" if find_nvcc() else "cpu")
 
 
@@ -72,7 +72,7 @@ def cuda_library_dir(nvcc: Path) -> Path:
 
 
 class BuildNative(build_ext):
-    """Compile each source with its own flags, nvcc for `.cu`, and link without any torch library."""
+    """Compile each source with its own flags, `.cu` by nvcc; link no torch library."""
 
     def build_extension(self, ext: Extension) -> None:
         mode = build_mode()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Ragged(NamedTuple):
-    """Ranges of rows in a packed matrix `[T, D]`: bag b is rows `starts[b] : starts[b] + lengths[b]`.
+    """Ranges of rows in a packed matrix [T, D]: bag b is rows starts[b] to starts[b] + lengths[b].
 
     Bags may come in any order, repeat, overlap and leave gaps, so a minibatch drawn from a cohort
     that lies in memory copies nothing. The two host integers spare every op a synchronisation with
@@ -161,6 +161,58 @@ def _int_vector(
         tensor = tensor.to(torch.int64)
     if tensor.dim() != 1 or tensor.dtype.is_floating_point or tensor.dtype == torch.bool:
         raise ValueError(
-            f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; it must be a vector of integers"
+            f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; "
+            "it must be a vector of integers"
         )
     return tensor.to(torch.int64)
+
+
+def as_packed(
+    bag: Tensor, ragged: Ragged | None, n_bags: int | None = None
+) -> tuple[Tensor, Ragged]:
+    """Bring any accepted form of a bag to a packed matrix and its ranges.
+
+    Args:
+        bag: [T, D], one bag if `ragged` is None; or dense [B, N, D] with `ragged` None.
+        ragged: the ranges of a packed bag.
+        n_bags: the number of bags the other arguments have, checked.
+
+    Returns:
+        The packed matrix [T, D] and its ranges.
+
+    Raises:
+        ValueError: names the argument, what it was and what it must be.
+    """
+    if bag.dim() == 3:
+        if ragged is not None:
+            raise ValueError(
+                f"bag has shape {tuple(bag.shape)} and ragged is given; "
+                "a dense [B, N, D] bag takes ragged=None, a ragged one is packed [T, D]"
+            )
+        b, n = bag.shape[:2]
+        starts = torch.arange(b, device=bag.device) * n
+        ragged = Ragged(starts, torch.full_like(starts, n), b * n, n if b else 0)
+        bag = bag.reshape(b * n, bag.shape[2])
+    elif bag.dim() == 2:
+        if ragged is None:
+            n = bag.shape[0]
+            starts = torch.zeros(1, dtype=torch.int64, device=bag.device)
+            ragged = Ragged(starts, torch.full_like(starts, n), n, n)
+    else:
+        raise ValueError(
+            f"bag has shape {tuple(bag.shape)}; it must be packed [T, D] or dense [B, N, D]"
+        )
+    if not isinstance(ragged, Ragged):
+        raise TypeError(f"ragged is {type(ragged).__name__}; it must be a survfuse.Ragged")
+    for name, tensor in (("starts", ragged.starts), ("lengths", ragged.lengths)):
+        if tensor.device != bag.device:
+            raise ValueError(
+                f"ragged.{name} is on {tensor.device} and bag on {bag.device}; "
+                "they must be on one device (Ragged.to moves it)"
+            )
+    if n_bags is not None and ragged.lengths.shape[0] != n_bags:
+        raise ValueError(
+            f"ragged has {ragged.lengths.shape[0]} bags, the other arguments {n_bags}; "
+            "they must have the same number"
+        )
+    return bag, ragged

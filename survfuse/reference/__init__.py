@@ -1,1 +1,20 @@
+"""The specification of every op: obvious, eager, differentiable torch, any dtype.
 
+Same names and arguments as `survfuse.ops`. These functions may materialise everything.
+"""
+
+from survfuse.reference.pool_bag import PooledBag, pool_bag, pool_weights
+from survfuse.reference.tokens_attend_bag import (
+    tokens_attend_bag,
+    tokens_attend_bag_weights,
+    tokens_attend_bag_with_lse,
+)
+
+__all__ = [
+    "PooledBag",
+    "pool_bag",
+    "pool_weights",
+    "tokens_attend_bag",
+    "tokens_attend_bag_weights",
+    "tokens_attend_bag_with_lse",
+]
