@@ -1,0 +1,399 @@
+"""A cohort: outcomes, covariates and modalities of units (patients or slides), and minibatches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from survfuse.batch import Batch, TableBatch
+from survfuse.data.labels import assign_bins, check_survival, discretize_survival, row_indices
+from survfuse.data.modalities import ArrayModality, Source, TableModality, absent
+from survfuse.data.names import shorten, unknown_name
+from survfuse.data.preprocessing import DEFAULT_CLIP, TablePreprocessor
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from numpy.typing import ArrayLike, NDArray
+
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Cohort:
+    """Units with an outcome and any number of modalities, each absent for any unit.
+
+    Attributes:
+        unit_ids: n names of the rows: patients, or slides where rows are slides.
+        patient_ids: n patients; equal names belong together in a split.
+        time: [n] float64, months, at least 0.
+        event: [n] bool, True where the event was seen.
+        covariates: [n, ...] frame indexed by unit id: age, is_female, site and so on, NaN where
+            unknown. Not given to a model unless a table modality holds them too.
+        modalities: name to `TableModality`, `BagModality`, `ArrayModality` or `GraphModality`.
+        name: what it is, for reports.
+        notes: what a report must say about the data, for example that bags are simulated.
+
+    Raises (when made):
+        ValueError: lengths differ, a unit id occurs twice, a time is NaN or negative, an event is
+            not binary, or no modality is given. Names the row.
+    """
+
+    unit_ids: tuple[str, ...]
+    patient_ids: tuple[str, ...]
+    time: NDArray[np.float64]
+    event: NDArray[np.bool_]
+    covariates: pd.DataFrame
+    modalities: Mapping[str, Source]
+    name: str = "cohort"
+    notes: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        time, event = check_survival(self.time, self.event, unit_ids=self.unit_ids)
+        set_ = object.__setattr__
+        set_(self, "time", time)
+        set_(self, "event", event)
+        set_(self, "unit_ids", tuple(str(name) for name in self.unit_ids))
+        set_(self, "patient_ids", tuple(str(name) for name in self.patient_ids))
+        n = len(self.time)
+        lengths = {
+            "unit_ids": len(self.unit_ids),
+            "patient_ids": len(self.patient_ids),
+            "covariates": len(self.covariates),
+            **{f"modalities[{name!r}]": len(source) for name, source in self.modalities.items()},
+        }
+        for what, length in lengths.items():
+            if length != n:
+                raise ValueError(f"{what} has {length} rows and time {n}; they must be the same")
+        if len(set(self.unit_ids)) != n:
+            twice = next(u for u in self.unit_ids if self.unit_ids.count(u) > 1)
+            raise ValueError(f"unit_ids holds {twice!r} twice; every row must have its own name")
+
+    def __len__(self) -> int:
+        return len(self.time)
+
+    def channels(self) -> dict[str, tuple[str, int]]:
+        """Kind and width of each modality before preprocessing: {name: (kind, channels)}."""
+        return {name: (source.kind, source.channels) for name, source in self.modalities.items()}
+
+    def modality(self, name: str) -> Source:
+        """The modality `name`.
+
+        Raises:
+            ValueError: there is none; says the nearest name.
+        """
+        if name not in self.modalities:
+            raise ValueError(unknown_name("modality", name, self.modalities, where=self.name))
+        return self.modalities[name]
+
+    def present(self, name: str) -> NDArray[np.bool_]:
+        """[n] rows that have the modality `name`."""
+        return self.modality(name).present
+
+    def covariate_matrix(self, names: Sequence[str]) -> NDArray[np.float64]:
+        """Clinical covariates as numbers, for example for a Cox baseline on age and sex.
+
+        Args:
+            names: columns of `covariates`.
+
+        Returns:
+            [n, len(names)], NaN where unknown.
+
+        Raises:
+            ValueError: an unknown column (says the nearest) or one that holds text.
+        """
+        for name in names:
+            if name not in self.covariates.columns:
+                valid = self.covariates.columns
+                raise ValueError(unknown_name("covariate", name, valid, where=self.name))
+        try:
+            return self.covariates[list(names)].to_numpy(dtype=np.float64)
+        except (TypeError, ValueError):
+            text = [n for n in names if self.covariates[n].dtype.kind not in "biuf"]
+            raise ValueError(
+                f"covariate {shorten(text)} of {self.name} holds text; it must hold numbers"
+            ) from None
+
+    def with_modality(self, name: str, source: Source, *, note: str | None = None) -> Cohort:
+        """The cohort with one more modality, and a note for reports."""
+        notes = self.notes if note is None else (*self.notes, note)
+        return self._replace(modalities={**self.modalities, name: source}, notes=notes)
+
+    def only(self, names: Sequence[str]) -> Cohort:
+        """The cohort with the modalities `names`, in that order; all rows stay."""
+        return self._replace(modalities={name: self.modality(name) for name in names})
+
+    def subset(self, rows: ArrayLike) -> Cohort:
+        """The cohort's rows `rows` (indices or a mask), in that order; bags are not copied."""
+        rows = row_indices(rows, len(self), "rows")
+        return self._replace(
+            unit_ids=tuple(self.unit_ids[i] for i in rows),
+            patient_ids=tuple(self.patient_ids[i] for i in rows),
+            time=self.time[rows],
+            event=self.event[rows],
+            covariates=self.covariates.iloc[rows],
+            modalities={name: source.subset(rows) for name, source in self.modalities.items()},
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """Counts for logs and reports, as JSON can write them."""
+        return {
+            "name": self.name,
+            "units": len(self),
+            "patients": len(set(self.patient_ids)),
+            "events": int(self.event.sum()),
+            "median_time": float(np.median(self.time)),
+            "modalities": {
+                name: {
+                    "kind": source.kind,
+                    "channels": source.channels,
+                    "present": int(source.present.sum()),
+                }
+                for name, source in self.modalities.items()
+            },
+            "notes": list(self.notes),
+        }
+
+    def prepare(
+        self,
+        train_rows: ArrayLike | None,
+        *,
+        n_bins: int = 4,
+        bin_rows: ArrayLike | None = None,
+        impute: Literal["mean", "median", "zero"] = "mean",
+        clip: float | None = DEFAULT_CLIP,
+        scale: Literal["standard", "none"] = "standard",
+        select: int | None = None,
+    ) -> PreparedCohort:
+        """Fit preprocessing and time bins on the training rows and apply them to all rows.
+
+        `train_rows=None, clip=None, scale="none"` is the `healnet` protocol: bins and the filling
+        of NaN see every row, test rows included.
+
+        Args:
+            train_rows: indices or a mask; None takes all rows.
+            n_bins: number of time bins.
+            bin_rows: rows whose uncensored times set the bin edges, where they are not the
+                training rows: all rows in the `mcat` protocol. None takes `train_rows`.
+            impute, clip, scale, select: as in `TablePreprocessor.fit`, for every table.
+
+        Raises:
+            ValueError: no training row has an event, a table is absent from every training row, or
+                an argument is wrong.
+        """
+        train = row_indices(train_rows, len(self), "train_rows")
+        if train.size == 0:
+            raise ValueError("train_rows is empty; there must be at least one training row")
+        fit_on = train if bin_rows is None else row_indices(bin_rows, len(self), "bin_rows")
+        labels, edges = discretize_survival(
+            self.time, event=self.event, n_bins=n_bins, fit_on=fit_on
+        )
+        fitted = {}
+        for name, source in self.modalities.items():
+            if not isinstance(source, TableModality):
+                continue
+            if not source.present[train].any():
+                raise ValueError(
+                    f"table {name!r} is absent from every training row of {self.name}; "
+                    "there is nothing to fit on"
+                )
+            fitted[name] = TablePreprocessor.fit(
+                source.values,
+                features=source.features,
+                rows=train,
+                impute=impute,
+                clip=clip,
+                scale=scale,
+                select=select,
+            )
+        return PreparedCohort(self, labels, edges, fitted, self.channels())
+
+    def _replace(self, **changes: Any) -> Cohort:
+        import dataclasses
+
+        return dataclasses.replace(self, **changes)
+
+
+class PreparedCohort:
+    """A cohort with frozen preprocessing and time bins, which gives minibatches.
+
+    Made by `Cohort.prepare` or, from saved numbers, by `PreparedCohort.from_state`.
+
+    Attributes:
+        cohort: the cohort it was made from; modalities the state does not know are left out.
+        labels: [n] int64 time bin of every row, by the training rows' edges.
+        edges: [bins + 1] float64, months, 0 to infinity.
+        preprocessors: table name to its fitted `TablePreprocessor`.
+    """
+
+    def __init__(
+        self,
+        cohort: Cohort,
+        labels: NDArray[np.int64],
+        edges: NDArray[np.float64],
+        preprocessors: Mapping[str, TablePreprocessor],
+        channels: Mapping[str, tuple[str, int]],
+    ) -> None:
+        self.cohort = cohort
+        self.labels = labels
+        self.edges = edges
+        self.preprocessors = dict(preprocessors)
+        self._channels = {
+            name: (kind, len(self.preprocessors[name].selected) if kind == "table" else width)
+            for name, (kind, width) in channels.items()
+        }
+        self._tables = {
+            name: _prepared_table(cohort, name, fitted)
+            for name, fitted in self.preprocessors.items()
+        }
+        self._time = torch.from_numpy(cohort.time.astype(np.float32))
+        self._event = torch.from_numpy(cohort.event)
+        self._label = torch.from_numpy(labels)
+
+    def __len__(self) -> int:
+        return len(self.cohort)
+
+    @property
+    def n_bins(self) -> int:
+        """Number of time bins; fewer than asked for where edges coincided."""
+        return len(self.edges) - 1
+
+    def channels(self) -> dict[str, tuple[str, int]]:
+        """Kind and width of each modality as a model sees it: {name: (kind, channels)}."""
+        return dict(self._channels)
+
+    def features(self, name: str) -> tuple[str, ...]:
+        """Column names of a table as a model sees it."""
+        if name not in self.preprocessors:
+            raise ValueError(unknown_name("table", name, self.preprocessors))
+        return self.preprocessors[name].names
+
+    def groups(self, name: str) -> dict[str, NDArray[np.int64]]:
+        """Column numbers of each group of a table (pathways, gene families) as a model sees it.
+
+        Columns that feature selection dropped are left out; a group may be empty.
+        """
+        position = {feature: i for i, feature in enumerate(self.features(name))}
+        return {
+            group: np.array([position[c] for c in columns if c in position], dtype=np.int64)
+            for group, columns in self.cohort.modalities[name].groups.items()
+        }
+
+    def table(self, name: str) -> TableBatch:
+        """All rows of a table, prepared: values [n, F'] with zeros where absent, present [n]."""
+        self.features(name)
+        return self._tables[name]
+
+    def batch(self, rows: ArrayLike | Tensor, device: torch.device | str = "cpu") -> Batch:
+        """The rows `rows` as a model reads them; the same rows give the same batch.
+
+        A bag modality hands out the stored matrix itself where no copy is needed and it is on
+        `device` already.
+
+        Args:
+            rows: [B] row numbers or a mask; repeats allowed.
+            device: where the batch goes.
+
+        Raises:
+            ValueError: a row number is out of range.
+        """
+        rows = row_indices(rows, len(self), "rows")
+        inputs = {}
+        for name in self._channels:
+            if name in self._tables:
+                table = self._tables[name]
+                index = torch.from_numpy(rows)
+                inputs[name] = TableBatch(table.values[index], table.present[index]).to(device)
+            else:
+                inputs[name] = self.cohort.modalities[name].batch(rows, device=device)
+        index = torch.from_numpy(rows)
+        targets = (self._time[index], self._event[index], self._label[index], index)
+        return Batch(inputs, *(tensor.to(device) for tensor in targets))
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """All that was fitted, as JSON can write it: bin edges and each table's statistics."""
+        return {
+            "version": STATE_VERSION,
+            "interior_edges": self.edges[1:-1].tolist(),
+            "channels": {name: list(pair) for name, pair in self._channels.items()},
+            "axes": {
+                name: list(source.values.shape[1:-1])
+                for name, source in self.cohort.modalities.items()
+                if isinstance(source, ArrayModality)
+            },
+            "tables": {name: fitted.state() for name, fitted in self.preprocessors.items()},
+        }
+
+    @classmethod
+    def from_state(cls, cohort: Cohort, state: Mapping[str, Any]) -> PreparedCohort:
+        """Apply frozen preprocessing to a cohort, also to one it has never seen.
+
+        Tables are matched by column name, whatever their order; further columns are ignored. A
+        modality that the cohort lacks is absent from every row; one the state lacks is left out.
+
+        Args:
+            cohort: the cohort.
+            state: what `state` gave, possibly read from JSON.
+
+        Raises:
+            ValueError: another version, a modality of another kind or width, or a table that
+                lacks a column; names it.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise ValueError(
+                f"state has version {state.get('version')}; it must be {STATE_VERSION}"
+            )
+        edges = np.concatenate([[0.0], state["interior_edges"], [np.inf]])
+        fitted = {
+            name: TablePreprocessor.from_state(part) for name, part in state["tables"].items()
+        }
+        modalities = {}
+        for name, (kind, width) in state["channels"].items():
+            source = cohort.modalities.get(name)
+            if source is not None and source.kind != kind:
+                raise ValueError(f"modality {name!r} is a {source.kind}; it must be a {kind}")
+            if kind == "table":
+                modalities[name] = _matching_table(source, name, fitted[name], len(cohort))
+            elif source is None:
+                axes = state["axes"].get(name, (1,))
+                modalities[name] = absent(kind, width, len(cohort), axes=axes)
+            elif source.channels != width:
+                raise ValueError(
+                    f"modality {name!r} has {source.channels} channels; it must have {width}, "
+                    "as in training"
+                )
+            else:
+                modalities[name] = source
+        cohort = cohort._replace(modalities=modalities)
+        return cls(cohort, assign_bins(cohort.time, edges), edges, fitted, cohort.channels())
+
+
+def _prepared_table(cohort: Cohort, name: str, fitted: TablePreprocessor) -> TableBatch:
+    source = cohort.modalities[name]
+    present = source.present
+    values = fitted.transform(source.values)
+    values[~present] = 0
+    return TableBatch(torch.from_numpy(values), torch.from_numpy(present))
+
+
+def _matching_table(
+    source: Source | None, name: str, fitted: TablePreprocessor, n_rows: int
+) -> TableModality:
+    if source is None:
+        values = np.full((n_rows, len(fitted.features)), np.nan)
+        return TableModality(values, fitted.features)
+    if source.features == fitted.features:
+        return source
+    position = {feature: i for i, feature in enumerate(source.features)}
+    missing = [feature for feature in fitted.features if feature not in position]
+    if missing:
+        raise ValueError(
+            f"table {name!r} lacks {len(missing)} columns that training had: {shorten(missing)}"
+        )
+    columns = [position[feature] for feature in fitted.features]
+    return TableModality(source.values[:, columns], fitted.features, source.groups)
