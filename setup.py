@@ -29,7 +29,8 @@ ISA_FLAGS = {
         "-mavx512bf16",
     ],
 }
-CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+CXX_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC"]
+CXX_FLAGS += ["-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 NVCC_FLAGS = [
     *("-std=c++17", "-O3", "-lineinfo", "--compiler-options", "-fPIC,-fvisibility=hidden"),
     *("-gencode", "arch=compute_80,code=sm_80"),

@@ -1,0 +1,112 @@
+// survfuse._native: one line per launcher. Pointers are integers; Python checks before it calls.
+#include <pybind11/pybind11.h>
+
+#include "cpu/cpu_features.h"
+#include "device.h"
+#include "pool_bag.h"
+
+namespace py = pybind11;
+using namespace survfuse;
+
+namespace {
+
+void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+PoolBagParams pool_bag_params(const py::dict& a) {
+  PoolBagParams p{};
+  p.rows = pointer(a["rows"].cast<uintptr_t>());
+  p.bag = pointer(a["bag"].cast<uintptr_t>());
+  p.bias = pointer(a["bias"].cast<uintptr_t>());
+  p.starts = static_cast<const int64_t*>(pointer(a["starts"].cast<uintptr_t>()));
+  p.lengths = static_cast<const int64_t*>(pointer(a["lengths"].cast<uintptr_t>()));
+  p.mean = pointer(a["mean"].cast<uintptr_t>());
+  p.rstd = pointer(a["rstd"].cast<uintptr_t>());
+  p.n_bags = a["n_bags"].cast<int64_t>();
+  p.n_rows = a["n_rows"].cast<int64_t>();
+  p.dim = a["dim"].cast<int64_t>();
+  p.bag_stride = a["bag_stride"].cast<int64_t>();
+  p.bag_type = static_cast<ElementType>(a["bag_type"].cast<int>());
+  p.scale = a["scale"].cast<double>();
+  p.normalize = a["normalize"].cast<bool>();
+  p.eps = a["eps"].cast<double>();
+  p.dropout_p = a["dropout_p"].cast<double>();
+  p.seed = a["seed"].cast<uint64_t>();
+  p.workspace = pointer(a["workspace"].cast<uintptr_t>());
+  p.n_threads = a["n_threads"].cast<int>();
+  p.isa = static_cast<CpuIsa>(a["isa"].cast<int>());
+  return p;
+}
+
+void pool_bag_forward(const py::dict& a) {
+  const PoolBagForward p{pool_bag_params(a), pointer(a["pooled"].cast<uintptr_t>()),
+                         pointer(a["lse"].cast<uintptr_t>()),
+                         pointer(a["weight_sum"].cast<uintptr_t>())};
+  py::gil_scoped_release release;
+  pool_bag_forward_cpu(p);
+}
+
+void pool_bag_backward(const py::dict& a) {
+  PoolBagBackward p{};
+  p.in = pool_bag_params(a);
+  p.lse = pointer(a["lse"].cast<uintptr_t>());
+  p.delta = pointer(a["delta"].cast<uintptr_t>());
+  p.d_pooled = pointer(a["d_pooled"].cast<uintptr_t>());
+  p.d_weight_sum = pointer(a["d_weight_sum"].cast<uintptr_t>());
+  p.d_rows = pointer(a["d_rows"].cast<uintptr_t>());
+  p.d_bag = pointer(a["d_bag"].cast<uintptr_t>());
+  p.d_bias = pointer(a["d_bias"].cast<uintptr_t>());
+  p.d_bag_type = static_cast<ElementType>(a["d_bag_type"].cast<int>());
+  p.overlapping = a["overlapping"].cast<bool>();
+  py::gil_scoped_release release;
+  pool_bag_backward_cpu(p);
+}
+
+int64_t workspace(int64_t n_bags, int64_t n_rows, int64_t dim, int64_t total, int bag_type,
+                  int n_threads) {
+  return pool_bag_workspace(n_bags, n_rows, dim, total, static_cast<ElementType>(bag_type),
+                            n_threads);
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = __VERSION__;
+  info["cuda"] = static_cast<bool>(SURVFUSE_WITH_CUDA);
+  py::list isas;
+  for (int isa = 1; isa <= static_cast<int>(CpuIsa::kAvx512Bf16); ++isa)
+    if (SURVFUSE_X86 || isa == 1) isas.append(isa_name(static_cast<CpuIsa>(isa)));
+  info["cpu_isas"] = isas;
+  py::list archs;
+#if SURVFUSE_WITH_CUDA
+  for (const char* arch : {"sm_80", "sm_90a", "sm_100", "sm_120", "compute_120"}) archs.append(arch);
+#endif
+  info["cuda_archs"] = archs;
+  return info;
+}
+
+py::dict machine_info() {
+  py::dict info;
+  info["cpu_isa"] = isa_name(best_isa());
+  info["amx_bf16"] = has_amx_bf16();
+#if SURVFUSE_WITH_CUDA
+  const CudaStatus status = cuda_status();
+  info["cuda_runtime"] = status.runtime_version;
+  info["cuda_driver"] = status.driver_version;
+  info["cuda_devices"] = status.n_devices;
+  info["cuda_error"] = status.error;
+#endif
+  return info;
+}
+
+bool cpu_isa_available(int isa) { return isa_available(static_cast<CpuIsa>(isa)); }
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "The native core of survfuse: torch-free launchers over raw pointers.";
+  m.def("build_info", &build_info, "What was built: compiler, CPU instruction sets, CUDA.");
+  m.def("machine_info", &machine_info, "What this machine can run of it.");
+  m.def("cpu_isa_available", &cpu_isa_available);
+  m.def("pool_bag_workspace", &workspace);
+  m.def("pool_bag_forward", &pool_bag_forward);
+  m.def("pool_bag_backward", &pool_bag_backward);
+}

@@ -1,0 +1,307 @@
+// pool_bag on one contiguous range of a bag, for one instruction set and one type of products.
+#pragma once
+
+#include "cpu/philox.h"
+#include "cpu/pool_bag_plan.h"
+#include "cpu/pool_bag_tile.h"
+
+namespace survfuse {
+namespace {
+
+// Hands out a thread's scratch memory piece by piece; with base null it only counts the bytes.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+  template <class T>
+  T* take(int64_t n) {
+    T* piece = base ? reinterpret_cast<T*>(base + used) : nullptr;
+    used += round_up(n * static_cast<int64_t>(sizeof(T)), 64);
+    return piece;
+  }
+};
+
+template <class P, class Acc>
+struct PoolBagKernel {
+  using Element = typename P::Element;
+  using Weight = typename P::Weight;
+
+  struct Scratch {
+    Acc *line, *scores, *grads, *z, *max, *sum, *weight_sum, *rstd, *d_tile;
+    Element *tile, *rows;  // rows: queries, and behind them the output gradients
+    Weight *weights, *tile_weights;
+  };
+
+  // The forward needs no more than the backward, so one layout serves both.
+  static int64_t lay_out(Arena arena, const PoolBagParams& in, Scratch* s) {
+    const TileReader<P, Acc> reader(in);
+    const int64_t r = in.n_rows, n = reader.tile_rows, dim = reader.dim;
+    s->line = arena.take<Acc>(dim);
+    s->scores = arena.take<Acc>(r * n);
+    s->grads = arena.take<Acc>(r * n);
+    s->z = arena.take<Acc>(r * dim);
+    s->max = arena.take<Acc>(r);
+    s->sum = arena.take<Acc>(r);
+    s->weight_sum = arena.take<Acc>(r);
+    s->rstd = arena.take<Acc>(n);
+    s->d_tile = arena.take<Acc>(n * dim);
+    s->tile = arena.take<Element>(n * reader.ld);
+    s->rows = arena.take<Element>(2 * r * dim);
+    s->weights = arena.take<Weight>(r * n);
+    s->tile_weights = arena.take<Weight>(2 * r * n);
+    return arena.used;
+  }
+
+  static int64_t scratch_bytes(const PoolBagParams& in) {
+    Scratch unused;
+    return lay_out(Arena{nullptr}, in, &unused);
+  }
+
+  static void load_rows(const TileReader<P, Acc>& reader, const void* source, int64_t bag,
+                        Element* out) {
+    const PoolBagParams& in = reader.in;
+    const Acc* from = static_cast<const Acc*>(source) + bag * in.n_rows * in.dim;
+    for (int64_t r = 0; r < in.n_rows; ++r)
+      for (int64_t d = 0; d < reader.dim; ++d)
+        out[r * reader.dim + d] = P::element(d < in.dim ? from[r * in.dim + d] : 0);
+  }
+
+  // exp(scores - shift), with excluded entries (-inf) exactly 0. n is padded to whole vectors.
+  static void exp_row(const Acc* scores, Acc shift, int64_t n, Acc* out) {
+    const Vec<Acc> shifts = splat(shift);
+    int64_t i = 0;
+    for (; i + kLanes<Acc> <= n; i += kLanes<Acc>) store(out + i, vector_exp(load(scores + i) - shifts));
+    if (i < n) {
+      Acc tail[kLanes<Acc>] = {};
+      std::memcpy(tail, scores + i, (n - i) * sizeof(Acc));
+      store(tail, vector_exp(load(tail) - shifts));
+      std::memcpy(out + i, tail, (n - i) * sizeof(Acc));
+    }
+  }
+
+  static void drop(const PoolBagParams& in, int64_t bag, int64_t r, int64_t position, int64_t n,
+                   Acc* values) {
+    const uint32_t threshold = keep_threshold(in.dropout_p);
+    const Acc factor = static_cast<Acc>(1.0 / (1.0 - in.dropout_p));
+    for (int64_t i = 0; i < n; ++i) {
+      const uint32_t word =
+          philox_word(in.seed, static_cast<uint32_t>(position + i), static_cast<uint32_t>(r),
+                      static_cast<uint32_t>(bag));
+      values[i] = word >= threshold ? values[i] * factor : 0;
+    }
+  }
+
+  // Turns dot products into logits: scale, bias; an excluded row is -inf whatever it held.
+  static void finish_logits(const PoolBagParams& in, int64_t row, int64_t n, Acc* scores) {
+    const Acc scale = static_cast<Acc>(in.scale);
+    const Acc* bias = static_cast<const Acc*>(in.bias);
+    for (int64_t i = 0; i < n; ++i) scores[i] = scores[i] * scale + (bias ? bias[row + i] : 0);
+  }
+
+  static void forward(const PoolBagForward& p, const WorkItem& item, char* memory, Acc* z_out,
+                      Acc* max_out, Acc* sum_out, Acc* weight_sum_out) {
+    const PoolBagParams& in = p.in;
+    const TileReader<P, Acc> reader(in);
+    Scratch s;
+    lay_out(Arena{memory}, in, &s);
+    const int64_t n_rows = in.n_rows, dim = reader.dim, lds = reader.tile_rows;
+    load_rows(reader, in.rows, item.bag, s.rows);
+    std::memset(s.z, 0, n_rows * dim * sizeof(Acc));
+    for (int64_t r = 0; r < n_rows; ++r) {
+      s.max[r] = -static_cast<Acc>(INFINITY);
+      s.sum[r] = s.weight_sum[r] = 0;
+    }
+    for (int64_t done = 0; done < item.length; done += reader.tile_rows) {
+      const int64_t n = item.length - done < lds ? item.length - done : lds;
+      const int64_t row = item.row + done, position = item.position + done;
+      const Element* x;
+      int64_t ldx;
+      reader.read(row, n, s.tile, s.line, nullptr, &x, &ldx);
+      dots<P>(s.rows, dim, n_rows, x, ldx, n, dim, s.scores, lds);
+      for (int64_t r = 0; r < n_rows; ++r) {
+        Acc* scores = s.scores + r * lds;
+        finish_logits(in, row, n, scores);
+        weigh(in, item.bag, r, position, n, dim, s, scores);
+        Weight* weights = s.weights + r * lds;
+        for (int64_t i = 0; i < n; ++i) weights[i] = P::weight(scores[i]);
+        for (int64_t i = n; i < round_up(n, P::kPairs); ++i) weights[i] = 0;
+      }
+      accumulate<P>(s.weights, lds, n_rows, x, ldx, round_up(n, P::kPairs), dim, s.z, dim);
+    }
+    for (int64_t r = 0; r < n_rows; ++r) {
+      std::memcpy(z_out + r * in.dim, s.z + r * dim, in.dim * sizeof(Acc));
+      max_out[r] = s.max[r];
+      sum_out[r] = s.sum[r];
+      weight_sum_out[r] = s.weight_sum[r];
+    }
+  }
+
+  // One row's softmax step: scores become the weights of this tile, the running state moves on.
+  static void weigh(const PoolBagParams& in, int64_t bag, int64_t r, int64_t position, int64_t n,
+                    int64_t dim, Scratch& s, Acc* scores) {
+    Acc top = s.max[r];
+    for (int64_t i = 0; i < n; ++i) top = scores[i] > top ? scores[i] : top;
+    if (top > s.max[r]) {
+      if (s.sum[r] != 0) {
+        const Acc factor = std::exp(s.max[r] - top);
+        s.sum[r] *= factor;
+        s.weight_sum[r] *= factor;
+        Acc* z = s.z + r * dim;
+        for (int64_t d = 0; d < dim; ++d) z[d] *= factor;
+      }
+      s.max[r] = top;
+    }
+    if (top == -static_cast<Acc>(INFINITY)) {
+      // nothing included so far; a NaN logit is no -inf and goes on as NaN
+      for (int64_t i = 0; i < n; ++i) scores[i] = scores[i] == scores[i] ? 0 : scores[i];
+    } else {
+      exp_row(scores, top, n, scores);
+    }
+    Acc sum = 0, weight_sum = 0;
+    for (int64_t i = 0; i < n; ++i) sum += scores[i];
+    if (in.dropout_p > 0) {
+      drop(in, bag, r, position, n, scores);
+      for (int64_t i = 0; i < n; ++i) weight_sum += scores[i];
+    } else {
+      weight_sum = sum;
+    }
+    s.sum[r] += sum;
+    s.weight_sum[r] += weight_sum;
+  }
+
+  static void backward(const PoolBagBackward& p, const WorkItem& item, char* memory, Acc* d_rows) {
+    const PoolBagParams& in = p.in;
+    const TileReader<P, Acc> reader(in);
+    Scratch s;
+    lay_out(Arena{memory}, in, &s);
+    const int64_t n_rows = in.n_rows, dim = reader.dim, lds = reader.tile_rows;
+    Element* d_pooled = s.rows + n_rows * dim;
+    load_rows(reader, in.rows, item.bag, s.rows);
+    load_rows(reader, p.d_pooled, item.bag, d_pooled);
+    std::memset(s.z, 0, n_rows * dim * sizeof(Acc));
+    for (int64_t done = 0; done < item.length; done += reader.tile_rows) {
+      const int64_t n = item.length - done < lds ? item.length - done : lds;
+      const int64_t row = item.row + done, position = item.position + done;
+      const Element* x;
+      int64_t ldx;
+      reader.read(row, n, s.tile, s.line, s.rstd, &x, &ldx);
+      dots<P>(s.rows, dim, n_rows, x, ldx, n, dim, s.scores, lds);
+      dots<P>(d_pooled, dim, n_rows, x, ldx, n, dim, s.grads, lds);
+      for (int64_t r = 0; r < n_rows; ++r) score_gradient(p, item.bag, r, row, position, n, lds, s);
+      if (p.d_bias) add_bias_gradient(p, row, n, lds, s);
+      if (p.d_rows) {
+        scale_weights(in, n, lds, s.grads, s.weights);
+        accumulate<P>(s.weights, lds, n_rows, x, ldx, round_up(n, P::kPairs), dim, s.z, dim);
+      }
+      if (p.d_bag) add_bag_gradient(p, reader, row, n, x, ldx, s);
+    }
+    if (!p.d_rows) return;
+    for (int64_t r = 0; r < n_rows; ++r)
+      std::memcpy(d_rows + r * in.dim, s.z + r * dim, in.dim * sizeof(Acc));
+  }
+
+  // From logits and d_pooled . x: grads become dS, scores the weights after dropout.
+  static void score_gradient(const PoolBagBackward& p, int64_t bag, int64_t r, int64_t row,
+                             int64_t position, int64_t n, int64_t lds, Scratch& s) {
+    const PoolBagParams& in = p.in;
+    Acc* scores = s.scores + r * lds;
+    Acc* grads = s.grads + r * lds;
+    const int64_t at = bag * in.n_rows + r;
+    const Acc lse = static_cast<const Acc*>(p.lse)[at];
+    const Acc delta = static_cast<const Acc*>(p.delta)[at];
+    const Acc d_weight_sum = static_cast<const Acc*>(p.d_weight_sum)[at];
+    finish_logits(in, row, n, scores);
+    if (lse == -static_cast<Acc>(INFINITY)) {
+      std::memset(scores, 0, n * sizeof(Acc));
+      std::memset(grads, 0, n * sizeof(Acc));
+      return;
+    }
+    exp_row(scores, lse, n, scores);
+    if (in.dropout_p > 0) {
+      Acc kept[kMaxTileRows];
+      std::memcpy(kept, scores, n * sizeof(Acc));
+      drop(in, bag, r, position, n, kept);
+      for (int64_t i = 0; i < n; ++i)
+        grads[i] = kept[i] * (grads[i] + d_weight_sum) - scores[i] * delta;
+      std::memcpy(scores, kept, n * sizeof(Acc));
+    } else {
+      for (int64_t i = 0; i < n; ++i) grads[i] = scores[i] * (grads[i] + d_weight_sum - delta);
+    }
+    // an excluded row has weight 0 and no gradient, even where a gradient is infinite
+    const Acc* bias = static_cast<const Acc*>(in.bias);
+    for (int64_t i = 0; bias && i < n; ++i)
+      if (excludes(bias, row + i)) scores[i] = grads[i] = 0;
+  }
+
+  static void scale_weights(const PoolBagParams& in, int64_t n, int64_t lds, const Acc* grads,
+                            Weight* out) {
+    const Acc scale = static_cast<Acc>(in.scale);
+    for (int64_t r = 0; r < in.n_rows; ++r) {
+      for (int64_t i = 0; i < n; ++i) out[r * lds + i] = P::weight(grads[r * lds + i] * scale);
+      for (int64_t i = n; i < round_up(n, P::kPairs); ++i) out[r * lds + i] = 0;
+    }
+  }
+
+  static void add_bias_gradient(const PoolBagBackward& p, int64_t row, int64_t n, int64_t lds,
+                                const Scratch& s) {
+    Acc* d_bias = static_cast<Acc*>(p.d_bias) + row;
+    Acc sums[kMaxTileRows] = {};
+    for (int64_t r = 0; r < p.in.n_rows; ++r)
+      for (int64_t i = 0; i < n; ++i) sums[i] += s.grads[r * lds + i];
+    for (int64_t i = 0; i < n; ++i) d_bias[i] = p.overlapping ? d_bias[i] + sums[i] : sums[i];
+  }
+
+  // d_x_hat = sum_r (dS scale rows + w d_pooled), then back through the normalisation.
+  static void add_bag_gradient(const PoolBagBackward& p, const TileReader<P, Acc>& reader,
+                               int64_t row, int64_t n, const Element* x, int64_t ldx, Scratch& s) {
+    const PoolBagParams& in = p.in;
+    const int64_t n_rows = in.n_rows, dim = reader.dim, lds = reader.tile_rows;
+    const Acc scale = static_cast<Acc>(in.scale);
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t r = 0; r < n_rows; ++r) {
+        s.tile_weights[i * 2 * n_rows + r] = P::weight(s.grads[r * lds + i] * scale);
+        s.tile_weights[i * 2 * n_rows + n_rows + r] = P::weight(s.scores[r * lds + i]);
+      }
+    std::memset(s.d_tile, 0, n * dim * sizeof(Acc));
+    accumulate<P>(s.tile_weights, 2 * n_rows, n, s.rows, dim, 2 * n_rows, dim, s.d_tile, dim);
+    for (int64_t i = 0; i < n; ++i) {
+      Acc* line = s.d_tile + i * dim;
+      if (in.normalize) normalize_gradient(in.dim, x + i * ldx, s.rstd[i], line);
+      write_gradient(p, row + i, line);
+    }
+  }
+
+  static void normalize_gradient(int64_t dim, const Element* x_hat, Acc rstd, Acc* line) {
+    Acc first = 0, second = 0;
+    for (int64_t d = 0; d < dim; ++d) {
+      first += line[d];
+      second += line[d] * value(x_hat[d]);
+    }
+    first /= dim;
+    second /= dim;
+    for (int64_t d = 0; d < dim; ++d) line[d] = rstd * (line[d] - first - value(x_hat[d]) * second);
+  }
+
+  static Acc value(Element e) {
+    if constexpr (std::is_same_v<Element, uint16_t>)
+      return bf16_to_float(e);
+    else
+      return e;
+  }
+
+  static void write_gradient(const PoolBagBackward& p, int64_t row, const Acc* line) {
+    const int64_t dim = p.in.dim, at = row * dim;
+    if (p.d_bag_type == ElementType::kBFloat16 || p.d_bag_type == ElementType::kFloat16) {
+      uint16_t* out = static_cast<uint16_t*>(p.d_bag) + at;
+      const bool bf16 = p.d_bag_type == ElementType::kBFloat16;
+      for (int64_t d = 0; d < dim; ++d)
+        out[d] = bf16 ? float_to_bf16(static_cast<float>(line[d]))
+                      : float_to_half(static_cast<float>(line[d]));
+      return;
+    }
+    Acc* out = static_cast<Acc*>(p.d_bag) + at;
+    for (int64_t d = 0; d < dim; ++d) out[d] = p.overlapping ? out[d] + line[d] : line[d];
+  }
+};
+
+}  // namespace
+}  // namespace survfuse

@@ -1,0 +1,156 @@
+// Vectors by the compiler's vector extension: one source for SSE2, AVX2, AVX-512 and NEON.
+// Included only by the per-instruction-set files; everything is in an unnamed namespace, so that no
+// inline function compiled for one instruction set can be linked into another.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#ifndef SURVFUSE_VECTOR_BYTES
+#error "define SURVFUSE_VECTOR_BYTES before including vector.h"
+#endif
+
+namespace survfuse {
+namespace {
+
+template <class T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(SURVFUSE_VECTOR_BYTES)));
+  typedef int32_t ints __attribute__((vector_size(SURVFUSE_VECTOR_BYTES)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(SURVFUSE_VECTOR_BYTES)));
+  typedef int64_t ints __attribute__((vector_size(SURVFUSE_VECTOR_BYTES)));
+};
+template <class T>
+using Vec = typename VectorOf<T>::type;
+template <class T>
+constexpr int kLanes = SURVFUSE_VECTOR_BYTES / sizeof(T);
+
+template <class T>
+inline Vec<T> load(const T* p) {
+  Vec<T> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T>
+inline void store(T* p, Vec<T> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+template <class T>
+inline Vec<T> splat(T x) {
+  return x - Vec<T>{};
+}
+
+template <class T>
+inline T horizontal_sum(Vec<T> v) {
+  T lane[kLanes<T>];
+  std::memcpy(lane, &v, sizeof v);
+  for (int width = kLanes<T> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+  return lane[0];
+}
+
+template <class T>
+inline T horizontal_max(Vec<T> v) {
+  T lane[kLanes<T>];
+  std::memcpy(lane, &v, sizeof v);
+  for (int width = kLanes<T> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] = lane[i] < lane[i + width] ? lane[i + width] : lane[i];
+  return lane[0];
+}
+
+// exp to 1 ulp for arguments up to 88; 0 below -87.3, where the result is no normal number.
+// NaN stays NaN.
+inline Vec<float> vector_exp(Vec<float> x) {
+  typedef VectorOf<float>::ints Ints;
+  const Vec<float> low = splat(-87.3f), high = splat(88.0f);
+  const Ints underflow = x < low;
+  x = x > high ? high : x;
+  const Vec<float> clamped = x < low ? low : x;
+  // round to nearest by adding 1.5 * 2^23
+  const Vec<float> magic = splat(12582912.0f);
+  const Vec<float> shifted = clamped * 1.44269504f + magic;
+  const Vec<float> n = shifted - magic;
+  Vec<float> r = clamped - n * 0.693145752f;
+  r = r - n * 1.42860677e-6f;
+  Vec<float> y = splat(1.9875691500e-4f);
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * r * r + r + 1.0f;
+  Ints bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits << 23) + (127 << 23);
+  Vec<float> power;
+  std::memcpy(&power, &bits, sizeof power);
+  y = y * power;
+  return underflow ? Vec<float>{} : y;
+}
+
+inline Vec<double> vector_exp(Vec<double> x) {
+  double lane[kLanes<double>];
+  std::memcpy(lane, &x, sizeof x);
+  for (double& value : lane) value = std::exp(value);
+  std::memcpy(&x, lane, sizeof x);
+  return x;
+}
+
+inline float bf16_to_float(uint16_t h) {
+  const uint32_t bits = static_cast<uint32_t>(h) << 16;
+  float f;
+  std::memcpy(&f, &bits, sizeof f);
+  return f;
+}
+
+inline uint16_t float_to_bf16(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, sizeof bits);
+  // round to nearest even; a NaN keeps its quiet bit
+  const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  const uint32_t quiet = (bits >> 16) | 0x40;
+  return static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? quiet : rounded);
+}
+
+inline float half_to_float(uint16_t h) {
+  // shift into place as if normal, then rescale by 2^112; infinities and NaNs keep an all-ones exponent
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16;
+  const uint32_t body = static_cast<uint32_t>(h & 0x7FFF) << 13;
+  float f;
+  std::memcpy(&f, &body, sizeof f);
+  f *= 5.192296858534828e33f;
+  uint32_t bits;
+  std::memcpy(&bits, &f, sizeof bits);
+  if ((h & 0x7C00) == 0x7C00) bits |= 0x7F800000;
+  bits |= sign;
+  std::memcpy(&f, &bits, sizeof f);
+  return f;
+}
+
+inline uint16_t float_to_half(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, sizeof bits);
+  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000);
+  bits &= 0x7FFFFFFF;
+  if (bits > 0x7F800000) return sign | 0x7E00;
+  if (bits >= 0x477FF000) return sign | 0x7C00;  // rounds to infinity
+  if (bits < 0x38800000) {                       // subnormal: let the adder round
+    float magnitude;
+    std::memcpy(&magnitude, &bits, sizeof magnitude);
+    magnitude += 0.5f;
+    std::memcpy(&bits, &magnitude, sizeof bits);
+    return static_cast<uint16_t>(sign | (bits - 0x3F000000));
+  }
+  bits += 0xC8000FFF + ((bits >> 13) & 1);
+  return static_cast<uint16_t>(sign | (bits >> 13));
+}
+
+}  // namespace
+}  // namespace survfuse

@@ -1,0 +1,1 @@
+"""Python side of the native core: tensors become pointers, workspace is allocated here."""

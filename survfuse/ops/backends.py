@@ -1,0 +1,108 @@
+"""Which implementation serves a call: the one place where device and backend are chosen."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from typing import NamedTuple
+
+import torch
+
+from survfuse.native.core import ELEMENT_TYPES, native_core
+
+BACKENDS = ("reference", "tiled", "triton", "native")
+
+
+class Selection(NamedTuple):
+    """A backend and why it was taken."""
+
+    backend: str
+    reason: str
+
+
+def select_backend(
+    requested: str | None, *, device: torch.device, dtype: torch.dtype, n_rows: int
+) -> Selection:
+    """The backend of an op that streams a bag.
+
+    Args:
+        requested: the caller's `backend`; None picks the fastest that can serve the call.
+        device: that of the bag.
+        dtype: that of the bag.
+        n_rows: query rows per bag, which decide between two CPU backends.
+
+    Raises:
+        ValueError: no backend has that name.
+        RuntimeError: the named backend cannot serve the call; the message says why.
+    """
+    if requested is None:
+        return _fastest(device, dtype, n_rows)
+    if requested not in BACKENDS:
+        raise ValueError(f"backend is {requested!r}; it must be None or one of {BACKENDS}")
+    obstacle = backend_obstacle(requested, device=device, dtype=dtype)
+    if obstacle:
+        raise RuntimeError(f"backend={requested!r} cannot serve this call: {obstacle}")
+    return Selection(requested, "asked for")
+
+
+def backend_obstacle(backend: str, *, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot serve a bag of this type on this device; None if it can."""
+    if backend == "triton":
+        return _triton_obstacle(device, dtype)
+    if backend == "native":
+        return _native_obstacle(device, dtype)
+    return None
+
+
+def _fastest(device: torch.device, dtype: torch.dtype, n_rows: int) -> Selection:
+    if device.type == "cuda":
+        obstacle = _triton_obstacle(device, dtype)
+        if obstacle is None:
+            return Selection("triton", "the fused kernels of this GPU")
+        return Selection("tiled", f"no Triton: {obstacle}")
+    obstacle = _native_obstacle(device, dtype)
+    if obstacle is not None:
+        return Selection("tiled", f"no native kernel: {obstacle}")
+    if dtype == torch.bfloat16 and n_rows > _AMX_ROWS and _has_amx():
+        return Selection("tiled", f"{n_rows} rows in bf16: oneDNN multiplies them with AMX")
+    return Selection("native", "the C++ kernels of this processor")
+
+
+# with few rows the bag is read once and memory decides; beyond, matrix units do
+_AMX_ROWS = 24
+
+
+@functools.cache
+def _has_amx() -> bool:
+    core = native_core()
+    return core is not None and bool(core.machine_info()["amx_bf16"])
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    if not _has_triton():
+        return "triton is not installed"
+    if dtype == torch.float64:
+        return "the Triton kernels take bf16, fp16 and fp32, not fp64"
+    if device.type == "cuda":
+        return None
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None if dtype == torch.float32 else "Triton's interpreter is right for fp32 only"
+    return f"Triton needs a GPU, the bag is on {device}"
+
+
+def _native_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type == "cuda":
+        return "the native core has no CUDA kernel of this op"
+    if device.type != "cpu":
+        return f"the native core runs on the CPU, the bag is on {device}"
+    if dtype not in ELEMENT_TYPES:
+        return f"it takes {', '.join(map(str, ELEMENT_TYPES))}, not {dtype}"
+    if native_core() is None:
+        return "survfuse was installed without its native core (SURVFUSE_BUILD=none)"
+    return None

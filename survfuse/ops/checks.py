@@ -1,0 +1,60 @@
+"""Checks of arguments: the argument's name, what it was, what it must be."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def check_tensor(
+    name: str, tensor: Tensor, *, shape: tuple[int | str, ...], device: torch.device
+) -> None:
+    """Raise unless `tensor` is floating, on `device`, and of `shape` (a letter fits any size)."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is {type(tensor).__name__}; it must be a tensor")
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} is {tensor.dtype}; it must be bf16, fp16, fp32 or fp64")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device} and the bag on {device}; move one of them")
+    fits = tensor.dim() == len(shape) and all(
+        isinstance(want, str) or have == want for have, want in zip(tensor.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(map(str, shape))
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be [{wanted}]")
+
+
+def check_bag(bag: Tensor) -> None:
+    """Raise unless `bag` is a floating [T, D] or [B, N, D]."""
+    if not isinstance(bag, Tensor):
+        raise TypeError(f"bag is {type(bag).__name__}; it must be a tensor")
+    if bag.dtype not in FLOATS:
+        raise TypeError(f"bag is {bag.dtype}; it must be bf16, fp16, fp32 or fp64")
+    if bag.dim() not in (2, 3):
+        raise ValueError(f"bag has shape {tuple(bag.shape)}; it must be [T, D] or [B, N, D]")
+    if bag.shape[-1] == 0:
+        raise ValueError(f"bag has shape {tuple(bag.shape)}; a patch needs at least one feature")
+
+
+def check_dropout(dropout_p: float) -> None:
+    """Raise unless 0 <= dropout_p < 1."""
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}; it must be at least 0 and below 1")
+
+
+def check_bias(bias: Tensor, bag: Tensor) -> Tensor:
+    """`bias` as [T], one number per stored row; [B, N] beside a dense bag is accepted."""
+    if bag.dim() == 3 and bias.dim() == 2:
+        check_tensor("bias", bias, shape=tuple(bag.shape[:2]), device=bag.device)
+    else:
+        n_rows = bag.shape[0] if bag.dim() == 2 else bag.shape[0] * bag.shape[1]
+        check_tensor("bias", bias, shape=(n_rows,), device=bag.device)
+    return bias.reshape(-1)
+
+
+def check_reduce(reduce: str | None) -> None:
+    """Raise unless `reduce` names a reduction of weights."""
+    if reduce not in (None, "rows", "heads"):
+        raise ValueError(f'reduce is {reduce!r}; it must be None, "rows" or "heads"')

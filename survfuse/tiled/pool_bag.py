@@ -1,0 +1,229 @@
+"""`pool_bag` in plain torch over tiles of the bag.
+
+Contract: survfuse/ops/pool_bag.py.  Oracle: survfuse/reference/pool_bag.py.  Math: docs/math.md,
+"Pooling".
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm
+
+from survfuse.reference.dropout import keep_mask
+from survfuse.tiled.tiles import Tile, product, tiles
+
+
+def accumulation_type(dtype: torch.dtype) -> torch.dtype:
+    """fp64 for fp64, fp32 for every other."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def pool_bag_forward(
+    rows: Tensor,
+    bag: Tensor,
+    bias: Tensor | None,
+    starts: Tensor,
+    lengths: Tensor,
+    total: int,
+    max_length: int,
+    *,
+    scale: float,
+    normalize: bool,
+    eps: float,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """pooled [B, R, D], lse [B, R], weight_sum [B, R], all of the accumulation type."""
+    kind = accumulation_type(bag.dtype)
+    n_bags, n_rows, dim = rows.shape
+    pooled = bag.new_zeros((n_bags, n_rows, dim), dtype=kind)
+    lse = bag.new_full((n_bags, n_rows), -torch.inf, dtype=kind)
+    weight_sum = bag.new_zeros((n_bags, n_rows), dtype=kind)
+    for group in tiles(starts, lengths, max_length, bag.shape[0], dim * bag.element_size()):
+        if not group:
+            continue
+        bags = group[0].bags
+        a = rows[bags].to(bag.dtype)
+        top = bag.new_full(a.shape[:2], -torch.inf, dtype=kind)
+        total_weight, kept_weight = torch.zeros_like(top), torch.zeros_like(top)
+        z = bag.new_zeros(a.shape, dtype=kind)
+        for tile in group:
+            x, row_bias, _ = read_tile(tile, bag, bias, normalize, eps, mean, rstd)
+            logits = tile_logits(a, x, row_bias, scale)
+            new_top = torch.maximum(top, logits.amax(-1))
+            # where nothing is included so far, subtract 0 and not -inf
+            shift = torch.where(new_top == -torch.inf, 0.0, new_top)
+            factor = torch.exp(top - shift)
+            weights = torch.exp(logits - shift[..., None])
+            total_weight = total_weight * factor + weights.sum(-1)
+            if seed is not None:
+                keep = tile_keep_mask(tile, seed, n_bags, n_rows, x.shape[1], dropout_p)
+                weights = torch.where(keep, weights / (1.0 - dropout_p), 0.0)
+            kept_weight = kept_weight * factor + weights.sum(-1)
+            z = z * factor[..., None] + product(weights.to(x.dtype), x)
+            top = new_top
+        empty = total_weight == 0
+        safe = torch.where(empty, 1.0, total_weight)
+        pooled[bags] = torch.where(empty[..., None], 0.0, z / safe[..., None])
+        lse[bags] = torch.where(empty, -torch.inf, top + safe.log())
+        kept = kept_weight / safe if seed is not None else total_weight / safe
+        weight_sum[bags] = torch.where(empty, 0.0, kept)
+    return pooled, lse, weight_sum
+
+
+def pool_bag_backward(
+    d_pooled: Tensor,
+    d_lse: Tensor,
+    d_weight_sum: Tensor,
+    rows: Tensor,
+    bag: Tensor,
+    bias: Tensor | None,
+    starts: Tensor,
+    lengths: Tensor,
+    total: int,
+    max_length: int,
+    *,
+    scale: float,
+    normalize: bool,
+    eps: float,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    pooled: Tensor,
+    lse: Tensor,
+    weight_sum: Tensor,
+    needs_rows: bool,
+    needs_bag: bool,
+    needs_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """d_rows [B, R, D], d_bag [T, D] of the bag's type, d_bias [T]; None where not needed."""
+    kind = accumulation_type(bag.dtype)
+    n_bags, n_rows, dim = rows.shape
+    d_rows = torch.zeros(rows.shape, dtype=kind, device=bag.device) if needs_rows else None
+    # sums of overlapping bags are rounded once, at the end
+    d_bag = torch.zeros(bag.shape, dtype=kind, device=bag.device) if needs_bag else None
+    d_bias = bag.new_zeros(bag.shape[0], dtype=kind) if needs_bias else None
+    delta = (d_pooled * pooled).sum(-1) + d_weight_sum * weight_sum - d_lse
+    for group in tiles(starts, lengths, max_length, bag.shape[0], dim * bag.element_size()):
+        for tile in group:
+            a, dz = rows[tile.bags].to(bag.dtype), d_pooled[tile.bags].to(bag.dtype)
+            x, row_bias, row_rstd = read_tile(tile, bag, bias, normalize, eps, mean, rstd)
+            weights, d_logits = _score_gradients(
+                tile, a, dz, x, row_bias, scale, lse, delta, d_weight_sum, seed, dropout_p, n_bags
+            )
+            if d_rows is not None:
+                d_rows[tile.bags] += product((d_logits * scale).to(x.dtype), x)
+            if d_bias is not None:
+                _add_rows(d_bias, tile, d_logits.sum(-2))
+            if d_bag is not None:
+                d_x = product((d_logits * scale).to(x.dtype).mT, a)
+                d_x += product(weights.to(x.dtype).mT, dz)
+                if normalize:
+                    d_x = _normalize_gradient(d_x, x.to(kind), row_rstd)
+                _add_rows(d_bag, tile, d_x)
+    return d_rows, None if d_bag is None else d_bag.to(bag.dtype), d_bias
+
+
+def read_tile(
+    tile: Tile,
+    bag: Tensor,
+    bias: Tensor | None,
+    normalize: bool,
+    eps: float,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The tile's rows [B, n, D] in the bag's type, its bias [B, n], the factor of the norm [B, n].
+
+    Excluded rows, and rows behind a bag's end, are zero with bias -inf and factor 0.
+    """
+    kind = accumulation_type(bag.dtype)
+    x = tile.take(bag)
+    row_bias = None if bias is None else tile.take(bias).to(kind)
+    if tile.valid is not None:
+        row_bias = torch.where(tile.valid, 0.0 if row_bias is None else row_bias, -torch.inf)
+    excluded = None if row_bias is None else row_bias == -torch.inf
+    if excluded is not None:
+        x = torch.where(excluded[..., None], 0.0, x)
+    if not normalize:
+        return x, row_bias, None
+    if mean is not None and rstd is not None:
+        row_mean, row_rstd = tile.take(mean).to(kind), tile.take(rstd).to(kind)
+        if excluded is not None:
+            row_mean = torch.where(excluded, 0.0, row_mean)
+            row_rstd = torch.where(excluded, 0.0, row_rstd)
+        x = ((x.to(kind) - row_mean[..., None]) * row_rstd[..., None]).to(bag.dtype)
+        return x, row_bias, row_rstd
+    wide = x.to(kind)
+    variance = wide.var(-1, unbiased=False)
+    row_rstd = (variance + eps).rsqrt()
+    if excluded is not None:
+        row_rstd = torch.where(excluded, 0.0, row_rstd)
+    return layer_norm(wide, wide.shape[-1:], eps=eps).to(bag.dtype), row_bias, row_rstd
+
+
+def tile_logits(a: Tensor, x: Tensor, row_bias: Tensor | None, scale: float) -> Tensor:
+    """[B, R, n] of the accumulation type."""
+    logits = product(a, x.mT) * scale
+    return logits if row_bias is None else logits + row_bias[:, None, :]
+
+
+def tile_keep_mask(
+    tile: Tile, seed: Tensor, n_bags: int, n_rows: int, n: int, dropout_p: float
+) -> Tensor:
+    """[B, R, n] bool: which weights dropout keeps."""
+    row = torch.arange(n_rows, device=seed.device)
+    position = tile.position + torch.arange(n, device=seed.device)
+    bags = range(n_bags)[tile.bags]
+    return torch.stack([keep_mask(seed, b, row, position, dropout_p) for b in bags])
+
+
+def _score_gradients(
+    tile: Tile,
+    a: Tensor,
+    dz: Tensor,
+    x: Tensor,
+    row_bias: Tensor | None,
+    scale: float,
+    lse: Tensor,
+    delta: Tensor,
+    d_weight_sum: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    n_bags: int,
+) -> tuple[Tensor, Tensor]:
+    """Weights after dropout and the gradient of the logits, both [B, R, n]."""
+    logits = tile_logits(a, x, row_bias, scale)
+    row_lse = lse[tile.bags][..., None]
+    excluded = (logits == -torch.inf) | (row_lse == -torch.inf)
+    softmax = torch.where(excluded, 0.0, torch.exp(logits - row_lse))
+    d_weights = product(dz, x.mT) + d_weight_sum[tile.bags][..., None]
+    row_delta = delta[tile.bags][..., None]
+    if seed is None:
+        weights, d_logits = softmax, softmax * (d_weights - row_delta)
+    else:
+        keep = tile_keep_mask(tile, seed, n_bags, a.shape[1], x.shape[1], dropout_p)
+        weights = torch.where(keep, softmax / (1.0 - dropout_p), 0.0)
+        d_logits = weights * d_weights - softmax * row_delta
+    return weights, torch.where(excluded, 0.0, d_logits)
+
+
+def _normalize_gradient(d_x_hat: Tensor, x_hat: Tensor, rstd: Tensor) -> Tensor:
+    first = d_x_hat.mean(-1, keepdim=True)
+    second = (d_x_hat * x_hat).mean(-1, keepdim=True)
+    return rstd[..., None] * (d_x_hat - first - x_hat * second)
+
+
+def _add_rows(target: Tensor, tile: Tile, values: Tensor) -> None:
+    """Add [B, n, ...] to the stored rows of a tile, bag by bag in ascending order."""
+    if isinstance(tile.rows, slice):
+        target[tile.rows] += values[0]
+        return
+    for b in range(values.shape[0]):
+        # rows behind the end point at the bag's first row and add zero
+        valid = tile.valid[b].reshape(-1, *(1,) * (values.dim() - 2))
+        target.index_add_(0, tile.rows[b], torch.where(valid, values[b], 0.0))
