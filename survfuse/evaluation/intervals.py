@@ -97,7 +97,7 @@ def concordance_interval(
 
     Cost: resamples x events x patients multiplications per fold (2000 x 150 x 400: under 1 s).
     """
-    _check_settings(resamples, level)
+    check_settings(resamples, level)
     estimate = pooled_concordance(folds)
     method = f"percentile bootstrap of patients within folds, stratified by event, B = {resamples}"
     events = sum(_patient_events(fold) for fold in folds)
@@ -131,7 +131,7 @@ def paired_difference(
     Raises:
         ValueError: the folds do not hold the same patients and outcomes, or as above.
     """
-    _check_settings(resamples, level)
+    check_settings(resamples, level)
     _check_same_patients(folds_a, folds_b)
     estimate = pooled_concordance(folds_a) - pooled_concordance(folds_b)
     counts = resample_counts(folds_a, resamples, seed)
@@ -183,7 +183,7 @@ def corrected_t(
         )
     if not (n_train > 0 and n_test > 0):
         raise ValueError(f"n_train is {n_train} and n_test is {n_test}; both must be positive")
-    _check_settings(100, level)
+    check_settings(100, level)
     k = samples.size
     mean = float(samples.mean())
     error = float(np.sqrt((1 / k + n_test / n_train) * samples.var(ddof=1)))
@@ -299,7 +299,11 @@ def _patients(folds: Sequence[Fold]) -> list[int]:
 
 
 def _patient_events(fold: Fold) -> int:
-    return int(_patient_table(fold)[1].sum())
+    """Patients with an event that counts: with Uno's weights, one before tau."""
+    patient, event = _patient_table(fold)
+    if fold.weight is None:
+        return int(event.sum())
+    return np.unique(patient[event[patient] & (np.asarray(fold.weight) > 0)]).size
 
 
 def _check_same_patients(folds_a: Sequence[Fold], folds_b: Sequence[Fold]) -> None:
@@ -317,7 +321,8 @@ def _check_same_patients(folds_a: Sequence[Fold], folds_b: Sequence[Fold]) -> No
                 )
 
 
-def _check_settings(resamples: int, level: float) -> None:
+def check_settings(resamples: int, level: float) -> None:
+    """Raise ValueError unless `resamples` >= 100 and 0 < `level` < 1."""
     if resamples < 100:
         raise ValueError(f"resamples is {resamples}; it must be at least 100")
     if not 0 < level < 1:
