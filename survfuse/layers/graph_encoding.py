@@ -1,0 +1,65 @@
+"""Positional encodings of graph nodes that do not depend on the order of the nodes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from survfuse.layers.fourier import index_in_bag, packed_rows
+from survfuse.ragged import Ragged
+
+_MAX_STATE = 1 << 24  # numbers held at a time: walkers of a few start nodes, on every node
+
+
+@torch.no_grad()
+def random_walk_encoding(
+    edges: Tensor, ragged: Ragged, *, n_rows: int, steps: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Probability that a random walk is back at its node after 1 .. `steps` steps.
+
+    `encoding[i, k - 1] = (A^k)[i, i]`, where A moves from a node to one of its out-neighbours with
+    equal probability. A node without edges has zeros.
+
+    Args:
+        edges: [2, E] int64, from row `edges[0]` to row `edges[1]` of the packed nodes; an
+            undirected edge is listed both ways.
+        ragged: one range of nodes per graph; no edge leaves its graph. The same graph may appear
+            more than once, overlapping different graphs may not.
+        n_rows: stored rows T.
+        steps: number of steps K.
+        dtype: of the result.
+
+    Returns:
+        [T, K], zero on rows of no graph.
+
+    Cost:
+        `K * E * max_length` operations: all graphs walk side by side, start node by start node.
+
+    Source:
+        Dwivedi et al., "Graph neural networks with learnable structural and positional
+        representations", ICLR 2022, equation 6.
+    """
+    source, target = edges
+    encoding = torch.zeros(n_rows, steps, dtype=dtype, device=edges.device)
+    if ragged.total == 0 or steps == 0:
+        return encoding
+    # a row of no graph gets a place that no walker starts from
+    place = torch.full((n_rows,), -1, dtype=torch.int64, device=edges.device)
+    place[packed_rows(ragged)] = index_in_bag(ragged)[0]
+    degree = torch.zeros(n_rows, dtype=dtype, device=edges.device)
+    degree.index_add_(0, source, torch.ones_like(source, dtype=dtype))
+    weight = degree.clamp(min=1).reciprocal()[source][:, None]
+    width = max(1, min(ragged.max_length, _MAX_STATE // max(n_rows, edges.shape[1], 1)))
+    for first in range(0, ragged.max_length, width):
+        column = place - first
+        own = (column >= 0) & (column < width)
+        column = column.clamp(0, width - 1)[:, None]
+        # reach[i, c]: probability of being at the c-th start node, k steps after leaving node i
+        reach = torch.zeros(n_rows, width, dtype=dtype, device=edges.device)
+        reach.scatter_(1, column, own[:, None].to(dtype))
+        for step in range(steps):
+            moved = weight * reach.index_select(0, target)
+            reach = torch.zeros_like(reach).index_add_(0, source, moved)
+            back = reach.gather(1, column)[:, 0]
+            encoding[:, step] = torch.where(own, back, encoding[:, step])
+    return encoding

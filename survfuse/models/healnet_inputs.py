@@ -1,0 +1,194 @@
+"""From a batch of modalities to the tokens that HEALNet's latents attend to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from survfuse.batch import ArrayBatch, BagBatch, GraphBatch, Modality, TableBatch
+from survfuse.layers.fourier import (
+    append_channels,
+    coordinate_positions,
+    fourier_encode,
+    grid_positions,
+    index_positions,
+    packed_rows,
+)
+from survfuse.layers.graph_encoding import random_walk_encoding
+from survfuse.models.healnet_config import HEALNetConfig, ModalityConfig
+from survfuse.ragged import Ragged
+
+_BATCHES = {"bag": BagBatch, "table": TableBatch, "array": ArrayBatch, "graph": GraphBatch}
+
+
+class Tokens(NamedTuple):
+    """Encoded tokens of one modality."""
+
+    features: Tensor  # [T, C] with ragged; [B, N, C] dense; [B, C] one token per sample
+    ragged: Ragged | None
+    present: Tensor  # [B] bool
+    shape: tuple[int, ...]  # of per-token results: (total,), (B, *axes), (B, F) or (B,)
+
+
+def encode_inputs(
+    inputs: Mapping[str, Modality], config: HEALNetConfig
+) -> tuple[dict[str, Tokens], int]:
+    """Check a batch and encode each modality once.
+
+    Args:
+        inputs: by modality name; a modality that no sample has may be left out.
+        config: says what each modality must look like.
+
+    Returns:
+        Tokens by name, without the modalities known on the host to be absent everywhere; and B.
+
+    Raises:
+        ValueError: an unknown name, no modality at all, a wrong shape or width, or batches of
+            different sizes.
+        TypeError: a batch of another kind than the configuration says.
+    """
+    if not inputs:
+        raise ValueError(
+            "inputs is empty; it must hold at least one modality, with present False where absent"
+        )
+    sizes = {}
+    for name, batch in inputs.items():
+        _check_batch(name, batch, config)
+        sizes[name] = batch.present.shape[0]
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"inputs have different numbers of samples {sizes}; they must be equal")
+    encoded = {}
+    for name, modality in config.modalities.items():
+        if name in inputs:
+            tokens = _ENCODERS[modality.kind](inputs[name], modality, config)
+            if tokens is not None:
+                encoded[name] = tokens
+    return encoded, next(iter(sizes.values()))
+
+
+def _check_batch(name: str, batch: Modality, config: HEALNetConfig) -> None:
+    if name not in config.modalities:
+        raise ValueError(
+            f"inputs has the modality {name!r}; the model knows {list(config.modalities)}"
+        )
+    modality = config.modalities[name]
+    expected = _BATCHES[modality.kind]
+    if not isinstance(batch, expected):
+        raise TypeError(
+            f"inputs[{name!r}] is {type(batch).__name__}; a {modality.kind} must be "
+            f"a {expected.__name__}"
+        )
+    present = batch.present
+    if present.dtype != torch.bool or present.dim() != 1:
+        raise ValueError(
+            f"inputs[{name!r}].present is {present.dtype} of shape {tuple(present.shape)}; "
+            "it must be bool of shape [B]"
+        )
+    values = batch.features if modality.kind in ("bag", "graph") else batch.values
+    dims = modality.axes + 2 if modality.kind == "array" else 2
+    if values.dim() != dims or values.shape[-1] != modality.channels:
+        raise ValueError(
+            f"inputs[{name!r}] has shape {tuple(values.shape)}; it must have {dims} dimensions, "
+            f"the last of {modality.channels} channels"
+        )
+    rows = batch.ragged.n_bags if modality.kind in ("bag", "graph") else values.shape[0]
+    if rows != present.shape[0]:
+        raise ValueError(
+            f"inputs[{name!r}] has {rows} samples and present has {present.shape[0]}; "
+            "they must be equal"
+        )
+    # on another device the values of the ranges stay there unread
+    readable = values.device.type == "cpu" and not torch.compiler.is_compiling()
+    if modality.kind in ("bag", "graph") and readable:
+        batch.ragged.check(values.shape[0])
+    if modality.kind == "bag" and modality.axes == 2 and config.fourier and batch.coords is None:
+        raise ValueError(
+            f"inputs[{name!r}].coords is None; modality {name!r} has axes=2, which encodes the "
+            "slide coordinates [T, 2] of its patches"
+        )
+
+
+def _encode_bag(batch: BagBatch, modality: ModalityConfig, config: HEALNetConfig) -> Tokens | None:
+    features, ragged = batch.features, batch.ragged
+    if ragged.total == 0:
+        return None
+    # a bag without rows says nothing, whatever `present` says
+    present = batch.present & (ragged.lengths > 0)
+    if config.fourier and modality.axes:
+        if modality.axes == 1:
+            positions = index_positions(ragged, dtype=_position_type(features))
+        else:
+            positions = coordinate_positions(batch.coords, ragged)
+        features, ragged = append_channels(features, ragged, _encode(positions, config))
+    return Tokens(features, ragged, present, (ragged.total,))
+
+
+def _encode_graph(
+    batch: GraphBatch, modality: ModalityConfig, config: HEALNetConfig
+) -> Tokens | None:
+    features, ragged = batch.features, batch.ragged
+    if ragged.total == 0:
+        return None
+    present = batch.present & (ragged.lengths > 0)
+    if modality.walk_steps:
+        walks = random_walk_encoding(
+            batch.edges,
+            ragged,
+            n_rows=features.shape[0],
+            steps=modality.walk_steps,
+            dtype=_position_type(features),
+        )
+        walks = walks.index_select(0, packed_rows(ragged))
+        features, ragged = append_channels(features, ragged, walks)
+    return Tokens(features, ragged, present, (ragged.total,))
+
+
+def _encode_table(batch: TableBatch, modality: ModalityConfig, config: HEALNetConfig) -> Tokens:
+    # an absent row may hold anything: it is replaced before any product, not multiplied away
+    values = torch.where(batch.present[:, None], batch.values, 0.0)
+    features = values[..., None] if modality.table_tokens == "features" else values[:, None]
+    if config.fourier and modality.axes:
+        features = _append_grid(features, features.shape[1:2], config)
+    if modality.table_tokens == "one":
+        return Tokens(features[:, 0], None, batch.present, (values.shape[0],))
+    return Tokens(features, None, batch.present, tuple(values.shape))
+
+
+def _encode_array(
+    batch: ArrayBatch, modality: ModalityConfig, config: HEALNetConfig
+) -> Tokens | None:
+    sizes = batch.values.shape[1:-1]
+    if sizes.numel() == 0:
+        return None
+    present = batch.present.reshape(-1, *[1] * (modality.axes + 1))
+    features = torch.where(present, batch.values, 0.0).flatten(1, -2)
+    if config.fourier:
+        features = _append_grid(features, sizes, config)
+    return Tokens(features, None, batch.present, tuple(batch.values.shape[:-1]))
+
+
+_ENCODERS = {
+    "bag": _encode_bag,
+    "graph": _encode_graph,
+    "table": _encode_table,
+    "array": _encode_array,
+}
+
+
+def _append_grid(features: Tensor, sizes: tuple[int, ...], config: HEALNetConfig) -> Tensor:
+    """[B, N, C] with the encoded positions of a grid of N cells behind the channels."""
+    grid = grid_positions(sizes, dtype=_position_type(features), device=features.device)
+    channels = _encode(grid, config).reshape(1, features.shape[1], -1).to(features.dtype)
+    return torch.cat([features, channels.expand(features.shape[0], -1, -1)], dim=-1)
+
+
+def _encode(positions: Tensor, config: HEALNetConfig) -> Tensor:
+    return fourier_encode(positions, bands=config.fourier_bands, max_frequency=config.max_frequency)
+
+
+def _position_type(features: Tensor) -> torch.dtype:
+    # positions in a 16-bit type would merge neighbouring patches of a long bag before the sines
+    return torch.float64 if features.dtype == torch.float64 else torch.float32

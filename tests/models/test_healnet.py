@@ -1,0 +1,432 @@
+"""HEALNet: modalities, absence per sample, gradients, attention maps, errors."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from survfuse import Ragged
+from survfuse.batch import ArrayBatch, BagBatch, GraphBatch, Modality, TableBatch
+from survfuse.models import HEALNet, HEALNetConfig, ModalityConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+from plain_healnet import PlainHEALNet
+
+LENGTHS = [6, 1, 4]
+MODALITIES = {
+    "genes": ModalityConfig("table", 7),
+    "panel": ModalityConfig("table", 5, axes=1, table_tokens="features"),
+    "slide": ModalityConfig("bag", 12, axes=1),
+    "plain": ModalityConfig("bag", 8),
+    "scan": ModalityConfig("array", 3, axes=2),
+    "cells": ModalityConfig("graph", 6, walk_steps=3),
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    # sizes this small spend their time waiting for threads
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def small(**changes: object) -> HEALNetConfig:
+    config = HEALNetConfig(
+        MODALITIES, depth=2, n_latents=3, latent_dim=10, cross_heads=2, cross_head_dim=4
+    )
+    return replace(config, latent_heads=2, latent_head_dim=4, **changes)
+
+
+def bag(width: int, lengths: list[int] = LENGTHS) -> BagBatch:
+    ragged = Ragged.from_lengths(lengths)
+    return BagBatch(torch.randn(ragged.total, width), ragged, ragged.lengths > 0)
+
+
+def all_inputs() -> dict[str, Modality]:
+    present = torch.ones(3, dtype=torch.bool)
+    slide = bag(12)
+    graph = bag(6)
+    edges = torch.cat([torch.randint(0, 6, (2, 9)), torch.randint(7, 11, (2, 5))], 1)
+    return {
+        "genes": TableBatch(torch.randn(3, 7), present),
+        "panel": TableBatch(torch.randn(3, 5), present),
+        "slide": slide,
+        "plain": bag(8),
+        "scan": ArrayBatch(torch.randn(3, 4, 2, 3), present),
+        "cells": GraphBatch(graph.features, graph.ragged, edges, present),
+    }
+
+
+def without(inputs: dict[str, Modality], name: str, samples: list[int]) -> dict[str, Modality]:
+    """The modality `name` absent for `samples`, as a data loader says it."""
+    batch = inputs[name]
+    present = batch.present.clone()
+    present[samples] = False
+    if isinstance(batch, TableBatch | ArrayBatch):
+        values = batch.values.clone()
+        values[samples] = 0.0
+        return {**inputs, name: type(batch)(values, present)}
+    lengths = batch.ragged.lengths.clone()
+    lengths[samples] = 0
+    ragged = Ragged.from_ranges(batch.ragged.starts, lengths)
+    return {**inputs, name: batch._replace(ragged=ragged, present=present)}
+
+
+def one_sample(inputs: dict[str, Modality], b: int) -> dict[str, Modality]:
+    found: dict[str, Modality] = {}
+    for name, batch in inputs.items():
+        if isinstance(batch, TableBatch | ArrayBatch):
+            found[name] = type(batch)(batch.values[b : b + 1], batch.present[b : b + 1])
+        else:
+            ragged = batch.ragged.select([b])
+            found[name] = batch._replace(ragged=ragged, present=batch.present[b : b + 1])
+    return found
+
+
+CONFIGS = {
+    "paper": {},
+    "untied": {"weight_sharing": "none"},
+    "released": {
+        "weight_sharing": "after_first",
+        "depth": 3,
+        "latent_blocks": 1,
+        "latent_blocks_when_absent": True,
+        "temperature": 0.5,
+        "output_slope": 0.01,
+        "activation": "gelu",
+    },
+    "blocks": {"latent_blocks": 2},
+}
+
+
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
+def test_each_sample_of_a_batch_as_if_alone(changes: dict[str, object]) -> None:
+    model, inputs = HEALNet(small(**changes)).eval(), all_inputs()
+    together = model(inputs)
+    assert together.logits.shape == (3, 4)
+    assert together.embeddings["latents"].shape == (3, 10)
+    for b in range(3):
+        alone = model(one_sample(inputs, b))
+        torch.testing.assert_close(together.logits[b : b + 1], alone.logits)
+    assert (together.logits[0] - together.logits[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", MODALITIES)
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
+def test_absent_is_left_out_bit_by_bit(name: str, changes: dict[str, object]) -> None:
+    """Absent for one sample, in training mode: its latents are those without the modality."""
+    model, inputs = HEALNet(small(**changes)).train(), all_inputs()
+    full = model(inputs).embeddings["latent_array"]
+    partly = model(without(inputs, name, [2])).embeddings["latent_array"]
+    rest = {key: batch for key, batch in inputs.items() if key != name}
+    missing = model(rest).embeddings["latent_array"]
+    assert torch.equal(partly[2], missing[2])
+    torch.testing.assert_close(partly[:2], full[:2])
+    assert (full[2] - missing[2]).abs().max() > 1e-4
+    alone = model(one_sample(rest, 2)).embeddings["latent_array"]
+    torch.testing.assert_close(partly[2:], alone)
+
+
+@pytest.mark.parametrize("name", MODALITIES)
+def test_gradients_with_absent_samples(name: str) -> None:
+    """Finite everywhere, none from the absent samples, and what is stored there does not matter."""
+    model, inputs = HEALNet(small(weight_sharing="none")), all_inputs()
+    gone = without(inputs, name, [0, 2])
+    if isinstance(gone[name], TableBatch | ArrayBatch):
+        gone[name].values[[0, 2]] = torch.nan
+    else:
+        outside = torch.ones(gone[name].features.shape[0], dtype=torch.bool)
+        outside[LENGTHS[0] : LENGTHS[0] + LENGTHS[1]] = False
+        gone[name].features[outside] = torch.nan
+    model(gone).logits.square().sum().backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all(), key
+    j = list(MODALITIES).index(name)
+    assert model.layers[0].attention[j].value_weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("said", ["left out", "by mask"])
+def test_a_modality_absent_from_the_whole_batch_has_zero_gradient(said: str) -> None:
+    model, inputs = HEALNet(small(weight_sharing="none")), all_inputs()
+    for name in ("genes", "slide", "scan", "cells"):
+        inputs = without(inputs, name, [0, 1, 2])
+        if said == "left out":
+            del inputs[name]
+    model(inputs).logits.square().sum().backward()
+    for j, name in enumerate(MODALITIES):
+        for layer in model.layers:
+            gradients = [p.grad for p in layer.attention[j].parameters()]
+            gradients += [p.grad for p in layer.feed_forward[j].parameters()]
+            assert all(gradient is not None for gradient in gradients)
+            seen = any(bool(gradient.any()) for gradient in gradients)
+            assert seen == (name in ("panel", "plain"))
+
+
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_a_sample_without_anything_gets_the_readout_of_the_latents(blocks: int) -> None:
+    model, inputs = HEALNet(small(latent_blocks=blocks)), all_inputs()
+    for name in MODALITIES:
+        inputs = without(inputs, name, [1])
+    output = model(inputs)
+    assert torch.equal(output.embeddings["latent_array"][1], model.latents)
+    torch.testing.assert_close(output.logits[1], model.readout(model.latents.mean(0)))
+    nothing = {
+        name: without({name: batch}, name, [0, 1, 2])[name] for name, batch in inputs.items()
+    }
+    output = model(nothing)
+    torch.testing.assert_close(output.logits, output.logits[:1].expand(3, -1))
+    output.logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert model.latents.grad.any()
+
+
+def test_an_empty_bag_is_an_absent_one() -> None:
+    model, inputs = HEALNet(small()), all_inputs()
+    absent = without(inputs, "plain", [1])
+    empty = {**absent, "plain": absent["plain"]._replace(present=torch.ones(3) > 0)}
+    assert torch.equal(model(empty).logits, model(absent).logits)
+
+
+def test_bags_may_repeat_and_leave_gaps() -> None:
+    model, inputs = HEALNet(small()).eval(), all_inputs()
+    expected = model(inputs).logits[[2, 0, 2]]
+    picked = {}
+    for name, batch in inputs.items():
+        if isinstance(batch, TableBatch | ArrayBatch):
+            picked[name] = type(batch)(batch.values[[2, 0, 2]], batch.present)
+        else:
+            picked[name] = batch._replace(ragged=batch.ragged.select([2, 0, 2]))
+    torch.testing.assert_close(model(picked).logits, expected)
+
+
+def test_order_of_patches_and_nodes() -> None:
+    """Without encodings, with slide coordinates and on graphs order is nothing; indices see it."""
+    modalities = {**MODALITIES, "placed": ModalityConfig("bag", 4, axes=2)}
+    model, inputs = HEALNet(replace(small(), modalities=modalities)).eval(), all_inputs()
+    inputs["placed"] = bag(4)._replace(coords=torch.randint(0, 9000, (11, 2)))
+    before = model(inputs).logits
+    order = torch.cat([torch.randperm(6), torch.tensor([6]), 7 + torch.randperm(4)])
+    place = torch.empty_like(order)
+    place[order] = torch.arange(11)
+    for name in ("plain", "cells", "placed"):
+        batch = inputs[name]._replace(features=inputs[name].features[order])
+        if name == "cells":
+            batch = batch._replace(edges=place[batch.edges])
+        if name == "placed":
+            batch = batch._replace(coords=batch.coords[order])
+        inputs[name] = batch
+    torch.testing.assert_close(model(inputs).logits, before)
+    slide = inputs["slide"]
+    inputs["slide"] = slide._replace(features=slide.features.flip(0).roll(4, 0))
+    assert (model(inputs).logits - before).abs().max() > 1e-5
+    with pytest.raises(ValueError, match=r"inputs\['placed'\]\.coords is None"):
+        model({"placed": inputs["placed"]._replace(coords=None)})
+
+
+def test_gradients_against_finite_differences() -> None:
+    modalities = {
+        "genes": ModalityConfig("table", 3),
+        "slide": ModalityConfig("bag", 4, axes=1),
+        "plain": ModalityConfig("bag", 3),
+    }
+    config = HEALNetConfig(
+        modalities,
+        depth=2,
+        n_latents=2,
+        latent_dim=4,
+        cross_heads=2,
+        cross_head_dim=2,
+        latent_heads=1,
+        latent_head_dim=2,
+        latent_blocks=1,
+        temperature=0.5,
+        output_slope=0.01,
+        backend="reference",
+    )
+    model = HEALNet(config).double()
+    present, ragged = torch.tensor([True, False]), Ragged.from_lengths([3, 2])
+    leaves = {name: value.detach() for name, value in model.named_parameters()}
+    data = [torch.randn(2, 3), torch.randn(5, 4), torch.randn(5, 3)]
+    data = [tensor.double().requires_grad_() for tensor in data]
+
+    def logits(*tensors: Tensor) -> Tensor:
+        table, slide, plain, *weights = tensors
+        inputs = {
+            "genes": TableBatch(table, present),
+            "slide": BagBatch(slide, ragged, ~present | True),
+            "plain": BagBatch(plain, ragged, present | True),
+        }
+        named = dict(zip(leaves, weights, strict=True))
+        return torch.func.functional_call(model, named, (inputs,)).logits
+
+    weights = [value.clone().requires_grad_() for value in leaves.values()]
+    assert torch.autograd.gradcheck(logits, (*data, *weights), fast_mode=True)
+
+
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
+def test_attention_maps_are_weights(changes: dict[str, object]) -> None:
+    model, inputs = HEALNet(small(attention_dropout=0.5, **changes)), all_inputs()
+    inputs = without(without(without(inputs, "slide", [1]), "scan", [0]), "genes", [2])
+    model.layers[0].eval()
+    maps = model.attention_maps(inputs)
+    assert model.training
+    assert not model.layers[0].training
+    depth = model.config.depth
+    assert maps["slide"].shape == (depth, 10)
+    assert maps["scan"].shape == (depth, 3, 4, 2)
+    assert maps["panel"].shape == (depth, 3, 5)
+    assert maps["genes"].tolist() == [[1.0, 1.0, 0.0]] * depth
+    ones = torch.ones(depth)
+    for name, lengths in {"slide": [6, 0, 4], "plain": LENGTHS, "cells": LENGTHS}.items():
+        for part in maps[name].split(lengths, dim=1):
+            if part.shape[1]:
+                torch.testing.assert_close(part.sum(1), ones)
+    torch.testing.assert_close(maps["scan"].sum((2, 3)), ones[:, None] * torch.tensor([0.0, 1, 1]))
+    torch.testing.assert_close(maps["panel"].sum(2), ones[:, None].expand(-1, 3))
+    del inputs["plain"]
+    assert "plain" not in model.attention_maps(inputs)
+
+
+def test_attention_maps_are_the_mean_over_latents_and_heads() -> None:
+    config = replace(small(depth=1), modalities={"plain": ModalityConfig("bag", 8)})
+    model, batch = HEALNet(config).eval(), bag(8, [5])
+    attention = model.layers[0].attention[0]
+    query = attention.query(attention.query_norm(model.latents)).view(3, 2, 4)
+    key = torch.einsum("nd,hed->nhe", attention.bag_norm(batch.features), attention.key_weight)
+    weights = (torch.einsum("qhe,nhe->qhn", query, key) / 2.0).softmax(-1)
+    found = model.attention_maps({"plain": batch})["plain"]
+    torch.testing.assert_close(found[0], weights.mean((0, 1)))
+
+
+def test_effect_of_withholding_and_gradient_importance() -> None:
+    model, inputs = HEALNet(small()), all_inputs()
+    inputs = without(inputs, "plain", [0])
+
+    def score(logits: Tensor) -> Tensor:
+        return logits.sum(1)
+
+    effects = model.modality_effect(inputs, score=score)
+    assert list(effects) == list(inputs)
+    rest = {name: batch for name, batch in inputs.items() if name != "plain"}
+    expected = score(model(inputs).logits) - score(model(rest).logits)
+    torch.testing.assert_close(effects["plain"], expected.detach())
+    assert effects["plain"][0] == 0.0
+    assert effects["plain"][1:].abs().min() > 0
+
+    importance = model.gradient_importance(inputs, "genes", score=score)
+    values, step = inputs["genes"].values, 1e-3
+    raised = values.clone()
+    raised[:, 2] += step
+    higher = model({**inputs, "genes": inputs["genes"]._replace(values=raised)}).logits
+    slope = (score(higher) - score(model(inputs).logits)) / step
+    torch.testing.assert_close(
+        importance[:, 2], slope.detach() * values[:, 2], rtol=0.05, atol=2e-3
+    )
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with pytest.raises(ValueError, match=r"one of the tables in inputs: \['genes', 'panel'\]"):
+        model.gradient_importance(inputs, "slide", score=score)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    config = replace(small(attention_dropout=0.5), modalities={"genes": MODALITIES["genes"]})
+    model = HEALNet(config)
+    inputs = {"genes": all_inputs()["genes"]}
+    first, second = model(inputs).logits, model(inputs).logits
+    assert not torch.equal(first, second)
+    model.eval()
+    assert torch.equal(model(inputs).logits, model(inputs).logits)
+    for name in ("slide", "panel"):
+        config = replace(small(attention_dropout=0.5), modalities={name: MODALITIES[name]})
+        model, inputs = HEALNet(config), {name: all_inputs()[name]}
+        assert not torch.equal(model(inputs).logits, model(inputs).logits)
+    model = HEALNet(small(ff_dropout=0.5))
+    assert not torch.equal(model(all_inputs()).logits, model(all_inputs()).logits)
+
+
+def test_one_token_drops_like_the_general_attention() -> None:
+    """Averaged over many draws, dropped values have the mean of the undropped ones."""
+    config = replace(small(attention_dropout=0.5), modalities={"genes": MODALITIES["genes"]})
+    attention = HEALNet(config).layers[0].attention[0]
+    attention.output = nn.Identity()
+    attention.output.weight = attention.value_weight
+    token = torch.randn(1, 7)
+    latents = torch.zeros(1, 20000, 10)
+    dropped = attention.train().one_token(latents, token)[0]
+    kept = attention.eval().one_token(latents, token)[0, 0]
+    torch.testing.assert_close(dropped.mean(0), kept, rtol=0.05, atol=1e-2)
+    head = dropped.unflatten(1, (2, 4))
+    ratio = (head / kept.unflatten(0, (2, 4))).round(decimals=3)
+    # a head keeps or loses its token as a whole
+    assert set(ratio.unique().tolist()) == {0.0, 2.0}
+    assert torch.equal(ratio.amin(2), ratio.amax(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_sixteen_bit_bags(dtype: torch.dtype) -> None:
+    """Features in bf16 under fp32 or bf16 parameters, and under autocast."""
+    model, inputs = HEALNet(small()).eval(), all_inputs()
+    exact = model(inputs).logits
+    for name in ("slide", "plain", "cells"):
+        inputs[name] = inputs[name]._replace(features=inputs[name].features.bfloat16())
+    model = model.to(dtype)
+    tolerance = {"rtol": 0.05, "atol": 0.05}
+    logits = model(inputs).logits
+    assert logits.dtype == dtype
+    torch.testing.assert_close(logits.float(), exact, **tolerance)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        automatic = model(inputs).logits
+    torch.testing.assert_close(automatic.float(), exact, **tolerance)
+    model(inputs).logits.float().square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("attention", ["softmax", "sdpa"])
+def test_plain_baseline_computes_the_same(attention: str) -> None:
+    modalities = {name: MODALITIES[name] for name in ("genes", "slide", "plain")}
+    config = replace(small(weight_sharing="none", output_slope=0.01), modalities=modalities)
+    model, inputs = HEALNet(config), {name: all_inputs()[name] for name in modalities}
+    plain = PlainHEALNet(config, attention=attention)
+    plain.load_state_dict(model.state_dict())
+    ours, theirs = model(inputs).logits, plain(inputs)
+    torch.testing.assert_close(ours, theirs)
+    ours.square().sum().backward()
+    theirs.square().sum().backward()
+    for (key, one), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5, msg=key)
+
+
+def test_wrong_inputs_are_refused() -> None:
+    model, inputs = HEALNet(small()), all_inputs()
+    genes, plain = inputs["genes"], inputs["plain"]
+    with pytest.raises(ValueError, match="inputs is empty"):
+        model({})
+    with pytest.raises(ValueError, match="inputs has the modality 'rna'; the model knows"):
+        model({"rna": genes})
+    with pytest.raises(TypeError, match=r"inputs\['genes'\] is BagBatch.*a TableBatch"):
+        model({"genes": plain})
+    with pytest.raises(ValueError, match="the last of 7 channels"):
+        model({"genes": genes._replace(values=torch.randn(3, 8))})
+    with pytest.raises(ValueError, match=r"inputs\['plain'\] has shape \(11, 12\)"):
+        model({"plain": bag(12)})
+    with pytest.raises(ValueError, match="it must be bool of shape"):
+        model({"genes": genes._replace(present=torch.ones(3))})
+    with pytest.raises(ValueError, match="has 3 samples and present has 2"):
+        model({"genes": genes._replace(present=torch.ones(2) > 0)})
+    with pytest.raises(ValueError, match="different numbers of samples"):
+        model({"genes": genes, "plain": bag(8, [2, 2])})
+    with pytest.raises(ValueError, match="ragged: bag 2 is rows 7 to 11"):
+        model({"plain": plain._replace(features=plain.features[:9])})
+
+
+def test_a_model_without_readout_returns_the_latents() -> None:
+    output = HEALNet(small(out_dims=None))(all_inputs())
+    assert output.logits is output.embeddings["latent_array"]
+    assert output.logits.shape == (3, 3, 10)
