@@ -1,0 +1,142 @@
+"""Checkpoints: everything one fold needs to go on as if it had never stopped."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from survfuse.data.atomic import atomic_path
+
+FORMAT = 1
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used; the message says why and what to do."""
+
+
+@dataclass
+class EarlyStopping:
+    """The best epoch so far, its weights copied in full, and how long ago it was.
+
+    Attributes:
+        patience: epochs without improvement before stopping; None never stops.
+        higher_is_better: the watched number is a C-index, not a loss.
+        best: best value seen; None before the first epoch.
+        best_epoch: its epoch, counted from 1.
+        waited: epochs since then.
+        weights: a copy of the parameters of that epoch, on the CPU.
+    """
+
+    patience: int | None
+    higher_is_better: bool
+    best: float | None = None
+    best_epoch: int = 0
+    waited: int = 0
+    weights: dict[str, Tensor] | None = None
+
+    def update(self, value: float, epoch: int, model: torch.nn.Module) -> bool:
+        """Take in an epoch; True if training must stop.
+
+        A NaN never counts as an improvement, so it can only run the patience down.
+        """
+        better = self.best is None or (
+            value > self.best if self.higher_is_better else value < self.best
+        )
+        if better and value == value:
+            self.best, self.best_epoch, self.waited = float(value), epoch, 0
+            # a reference would follow the weights as they train on
+            self.weights = {
+                name: tensor.detach().to("cpu", copy=True)
+                for name, tensor in model.state_dict().items()
+            }
+        else:
+            self.waited += 1
+        return self.patience is not None and self.waited >= self.patience
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "waited": self.waited,
+            "weights": self.weights,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.best = state["best"]
+        self.best_epoch = state["best_epoch"]
+        self.waited = state["waited"]
+        self.weights = state["weights"]
+
+
+@dataclass
+class Progress:
+    """Where a fold stands between two optimiser steps.
+
+    Attributes:
+        epoch: the epoch under way, from 1.
+        batch: batches of this epoch already used.
+        step: optimiser steps taken in the whole fold.
+        loss_sum: survival loss of this epoch's rows so far, summed.
+        risks: per batch of this epoch, the risks of its rows, for the training C-index.
+        finished: the last epoch is over.
+        metrics_bytes: length of metrics.jsonl that belongs to this state.
+    """
+
+    epoch: int = 1
+    batch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    risks: list[Tensor] = field(default_factory=list)
+    finished: bool = False
+    metrics_bytes: int = 0
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "step": self.step,
+            "loss_sum": self.loss_sum,
+            "risks": self.risks,
+            "finished": self.finished,
+            "metrics_bytes": self.metrics_bytes,
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Progress:
+        return cls(**copy.copy(state))
+
+
+def save_checkpoint(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
+    """Write tensors and plain values so that a reader sees the old file or the whole new one."""
+    with atomic_path(path) as temporary:
+        torch.save({"format": FORMAT, **content}, temporary)
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU. Nothing in the file is executed (`weights_only=True`).
+
+    Raises:
+        CheckpointError: it is unreadable or of another format.
+    """
+    path = Path(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint ({' '.join(str(error).split())[:200]}); "
+            "delete it to train this fold from the start"
+        ) from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise CheckpointError(
+            f"{path} has checkpoint format {found}; this version reads format {FORMAT}"
+        )
+    return content

@@ -1,0 +1,371 @@
+"""What a training run is: plain dataclasses, written to YAML and read from it.
+
+Nothing here imports pydantic or yaml, so a configuration can be built in Python with the base
+install. `survfuse.training.config_files` reads and checks YAML files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+# read by pydantic when a YAML file is checked: a key that is not a field is an error
+_STRICT = {"extra": "forbid"}
+
+
+@dataclass(frozen=True)
+class SimulationConfig:
+    """The simulated cohort, `survfuse.data.simulate_cohort`; also the sizes of simulated bags.
+
+    Attributes:
+        variant: "short", slides of 1024 patches of 16 features; "long", slides of 20,000 to 100,000
+            patches of 1024 features.
+        n_train, n_inner, n_test: patients used for fitting, for early stopping and for testing;
+            null takes the variant's.
+        width: features per patch; null takes the variant's.
+        min_patches, max_patches: bag lengths; null takes the variant's.
+        complete, omics_only, slide_only: shares of patients by the modalities they have; sum 1.
+        seed: draws the cohort; the same seed is the same cohort.
+    """
+
+    __pydantic_config__ = _STRICT
+    variant: Literal["short", "long"] = "short"
+    n_train: int | None = None
+    n_inner: int | None = None
+    n_test: int | None = None
+    width: int | None = None
+    min_patches: int | None = None
+    max_patches: int | None = None
+    complete: float = 1.0
+    omics_only: float = 0.0
+    slide_only: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the cohort comes from.
+
+    Attributes:
+        source: "simulated"; "tcga_omics", the tables of PORPOISE and HEALNet; "survpath", RNA and
+            endpoints of SurvPath; "slides", slide files encoded by the plain encoder of this
+            package and paired with invented follow-up, a smoke test.
+        folder: folder with the data files, relative to the configuration file.
+        cohort: TCGA cohort, for example kirp or blca.
+        endpoint: survival endpoint; the sources hold different ones.
+        modalities: the ones a model is given; empty means all the source has.
+        tables: "by_type", one table per omic type (rnaseq, cnv, mut); "merged", one table `omics`;
+            "healnet", one table `omics` that begins with age and sex.
+        types: omic types to take; empty takes what the file has.
+        expression: expression table of SurvPath: "xena", "hallmarks" or "combine".
+        bags: bag store (`survfuse pack`) or folder of bag files that adds the modality `slides`; or
+            "simulated", bags that know nothing of the outcome: a negative control.
+        simulation: the simulated cohort's sizes, also those of simulated bags.
+    """
+
+    __pydantic_config__ = _STRICT
+    source: Literal["simulated", "tcga_omics", "survpath", "slides"] = "simulated"
+    folder: str | None = None
+    cohort: str | None = None
+    endpoint: Literal["OS", "DSS", "DFI", "PFI"] = "OS"
+    modalities: tuple[str, ...] = ()
+    tables: Literal["by_type", "merged", "healnet"] = "by_type"
+    types: tuple[str, ...] = ()
+    expression: Literal["xena", "hallmarks", "combine"] = "xena"
+    bags: str | None = None
+    simulation: SimulationConfig = field(default_factory=SimulationConfig)
+
+
+@dataclass(frozen=True)
+class ProtocolConfig:
+    """Which patients a model may learn from, and what is fitted on whom.
+
+    Attributes:
+        name: the preset that filled in what a file leaves open.
+        rows: what a row of the cohort is: "patients" or "slides".
+        split: "given" by the source; "published" files; "patients" or "sites", our own folds;
+            "rows", a random 70/15/15 split for every seed that ignores who a row belongs to.
+        n_folds: folds of "patients" and "sites".
+        fold_seed: draws those folds.
+        bins: rows whose event times set the edges of the time bins: "train", or "all" (the files of
+            MCAT and SurvPath call the evaluated rows validation and fit the bins on them too).
+        n_bins: number of time bins.
+        fill: rows whose means replace missing numbers in tables and set their clipping and scale.
+        scale: standardise tables.
+        clip: tables are cut at so many robust standard deviations from the median; None leaves
+            them.
+        validation: rows that early stopping watches: "inner", those the split names or else a part
+            cut from the training patients, if they hold at least `min_inner_events` events (if not,
+            they are trained on and a fixed number of epochs is run); "split", those the split
+            names; "test", the test rows themselves; "none".
+        inner_fraction: share of training patients cut for "inner".
+        min_inner_events: fewest events that make an inner set worth watching.
+        weights: the weights that are evaluated: the "best" watched epoch's or the "last" epoch's.
+    """
+
+    __pydantic_config__ = _STRICT
+    name: Literal["honest", "healnet", "mcat", "survpath"] = "honest"
+    rows: Literal["patients", "slides"] = "patients"
+    split: Literal["given", "published", "patients", "sites", "rows"] = "given"
+    n_folds: int = 5
+    fold_seed: int = 0
+    bins: Literal["train", "all"] = "train"
+    n_bins: int = 4
+    fill: Literal["train", "all"] = "train"
+    scale: bool = True
+    clip: float | None = 5.0
+    validation: Literal["inner", "split", "test", "none"] = "inner"
+    inner_fraction: float = 0.15
+    min_inner_events: int = 20
+    weights: Literal["best", "last"] = "best"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model and its settings.
+
+    Attributes:
+        name: "healnet"; "mean_pool", a small network over tables and mean patch features;
+            "clinical_cox", Cox regression on age and sex; "elastic_net_cox", Cox regression with an
+            elastic net on every table column.
+        preset: where the settings start from; healnet has "paper", "released" and, with the
+            released hyper-parameters of a cohort, "released:kirp" (blca, brca, kirp, ucec).
+        settings: fields of the model's own configuration (`survfuse.models.HEALNetConfig`) that
+            replace the preset's; `modalities` holds those of single modalities by name.
+    """
+
+    __pydantic_config__ = _STRICT
+    name: Literal["healnet", "mean_pool", "clinical_cox", "elastic_net_cox"] = "healnet"
+    preset: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The loss of a neural model: survival / survival_divisor + l1 * sum |w| + the model's own.
+
+    Attributes:
+        name: "nll", discrete-time hazards; "cox", partial likelihood.
+        alpha: weight shifted from all patients to those with an event, in [0, 1]; nll only.
+        class_weights: weigh the likelihood of a patient by the inverse (or its root) of the number
+            of training rows in the same time bin, normalised to sum 1; nll only.
+        ties: how Cox treats tied events.
+        survival_divisor: divides the survival loss and nothing else.
+        l1: weight of the sum of absolute values of all parameters.
+    """
+
+    __pydantic_config__ = _STRICT
+    name: Literal["nll", "cox"] = "nll"
+    alpha: float = 0.0
+    class_weights: Literal["none", "inverse", "inverse_root"] = "none"
+    ties: Literal["efron", "breslow"] = "efron"
+    survival_divisor: float = 1.0
+    l1: float = 0.0
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimiser, learning rate and decoupled (adamw) or coupled (adam, radam) weight decay."""
+
+    __pydantic_config__ = _STRICT
+    name: Literal["adam", "adamw", "radam"] = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate over steps.
+
+    Attributes:
+        name: "constant"; "cosine", from lr to lr * final_fraction; "onecycle", torch's OneCycleLR
+            with its defaults, in which max_lr replaces the optimiser's lr.
+        warmup_steps: linear rise from 0, before constant or cosine.
+        max_lr: peak of onecycle; None takes the optimiser's lr.
+        final_fraction: end of cosine, as a share of lr.
+    """
+
+    __pydantic_config__ = _STRICT
+    name: Literal["constant", "cosine", "onecycle"] = "constant"
+    warmup_steps: int = 0
+    max_lr: float | None = None
+    final_fraction: float = 0.0
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The loop.
+
+    Attributes:
+        epochs: most epochs.
+        batch_size: samples per batch.
+        accumulate: batches per optimiser step; a last, shorter window steps too.
+        precision: "fp32", or "bf16" through autocast.
+        clip_norm: longest gradient; None does not clip.
+        patience: epochs without improvement before stopping; None runs all epochs.
+        metric: what early stopping watches on the validation rows.
+        seeds: one whole run (every fold) per seed.
+        device: "auto" takes CUDA where there is one.
+        checkpoint_steps: also save a checkpoint every so many optimiser steps; None saves after
+            every epoch only.
+    """
+
+    __pydantic_config__ = _STRICT
+    epochs: int = 20
+    batch_size: int = 16
+    accumulate: int = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    clip_norm: float | None = 1.0
+    patience: int | None = 5
+    metric: Literal["loss", "c_index"] = "loss"
+    seeds: tuple[int, ...] = (1,)
+    device: str = "auto"
+    checkpoint_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """The report.
+
+    Attributes:
+        bootstrap: resamples of an interval.
+        level: coverage of an interval.
+        seed: draws the resamples.
+        baselines: further models trained on the same folds and compared with the run, each in its
+            own folder below it: "clinical_cox", "elastic_net_cox", "mean_pool", and
+            "only:<modality>", the run's own model given one modality.
+        figures: draw the Kaplan-Meier figure.
+    """
+
+    __pydantic_config__ = _STRICT
+    bootstrap: int = 2000
+    level: float = 0.95
+    seed: int = 0
+    baselines: tuple[str, ...] = ()
+    figures: bool = True
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A whole run. `survfuse train CONFIG.yaml` reads one; every field has a default."""
+
+    __pydantic_config__ = _STRICT
+    data: DataConfig = field(default_factory=DataConfig)
+    protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    title: str = ""
+    notes: str = ""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dictionaries and lists, ready for YAML or JSON."""
+        return _plain(asdict(self))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def check(config: TrainConfig) -> None:
+    """Raise on values that no single field's type can rule out.
+
+    Raises:
+        ValueError: names the field by its dotted path, what it was and what it must be.
+    """
+    _check_numbers(config)
+    data, protocol, model = config.data, config.protocol, config.model
+    if data.source in ("tcga_omics", "survpath") and not data.cohort:
+        raise ValueError(
+            f"data.cohort is not set; data.source {data.source} needs one, for example kirp"
+        )
+    if protocol.split == "rows" and protocol.validation == "inner":
+        raise ValueError(
+            'protocol.validation is "inner" with protocol.split "rows"; '
+            'a random row split brings its own validation rows: use "split", "test" or "none"'
+        )
+    if config.loss.name == "cox" and config.loss.class_weights != "none":
+        raise ValueError(
+            f'loss.class_weights is "{config.loss.class_weights}"; '
+            'the Cox loss has no time bins, so it must be "none"'
+        )
+    if config.loss.name == "cox" and config.training.batch_size < 2 and model.name == "healnet":
+        raise ValueError(
+            "training.batch_size is 1; the Cox loss compares patients of one batch, "
+            "so it must be at least 2 (or use loss.name nll)"
+        )
+    for name in config.evaluation.baselines:
+        if name not in BASELINES and not name.startswith("only:"):
+            raise ValueError(
+                f'evaluation.baselines holds "{name}"; '
+                f"it must be one of {', '.join(BASELINES)} or only:<modality>"
+            )
+    if not config.training.seeds:
+        raise ValueError("training.seeds is empty; it must hold at least one integer")
+    if len(set(config.training.seeds)) != len(config.training.seeds):
+        raise ValueError(f"training.seeds is {list(config.training.seeds)}; seeds must differ")
+
+
+BASELINES = ("clinical_cox", "elastic_net_cox", "mean_pool")
+
+
+def _check_numbers(config: TrainConfig) -> None:
+    loss, training, simulation = config.loss, config.training, config.data.simulation
+    at_least = [
+        ("protocol.n_folds", config.protocol.n_folds, 2),
+        ("protocol.n_bins", config.protocol.n_bins, 2),
+        ("protocol.min_inner_events", config.protocol.min_inner_events, 1),
+        ("training.epochs", training.epochs, 1),
+        ("training.batch_size", training.batch_size, 1),
+        ("training.accumulate", training.accumulate, 1),
+        ("training.patience", training.patience, 1),
+        ("training.checkpoint_steps", training.checkpoint_steps, 1),
+        ("schedule.warmup_steps", config.schedule.warmup_steps, 0),
+        ("optimizer.weight_decay", config.optimizer.weight_decay, 0.0),
+        ("loss.l1", loss.l1, 0.0),
+        ("evaluation.bootstrap", config.evaluation.bootstrap, 1),
+        ("data.simulation.n_train", simulation.n_train, 1),
+        ("data.simulation.n_inner", simulation.n_inner, 0),
+        ("data.simulation.n_test", simulation.n_test, 1),
+        ("data.simulation.width", simulation.width, 4),
+        ("data.simulation.min_patches", simulation.min_patches, 1024),
+        ("data.simulation.max_patches", simulation.max_patches, 1024),
+    ]
+    for path, value, low in at_least:
+        if value is not None and not value >= low:
+            raise ValueError(f"{path} is {value}; it must be at least {low}")
+    positive = [
+        ("optimizer.lr", config.optimizer.lr),
+        ("schedule.max_lr", config.schedule.max_lr),
+        ("loss.survival_divisor", loss.survival_divisor),
+        ("training.clip_norm", training.clip_norm),
+        ("protocol.clip", config.protocol.clip),
+    ]
+    for path, value in positive:
+        if value is not None and not value > 0:
+            raise ValueError(f"{path} is {value}; it must be above 0")
+    if not 0 <= loss.alpha <= 1:
+        raise ValueError(f"loss.alpha is {loss.alpha}; it must be in [0, 1]")
+    if not 0 < config.protocol.inner_fraction < 1:
+        raise ValueError(
+            f"protocol.inner_fraction is {config.protocol.inner_fraction}; it must be in (0, 1)"
+        )
+    if not 0 < config.evaluation.level < 1:
+        raise ValueError(f"evaluation.level is {config.evaluation.level}; it must be in (0, 1)")
+    shares = (simulation.complete, simulation.omics_only, simulation.slide_only)
+    if min(shares) < 0 or abs(sum(shares) - 1) > 1e-9:
+        raise ValueError(
+            f"data.simulation.complete, omics_only and slide_only are {shares}; "
+            "they must be at least 0 and sum to 1"
+        )

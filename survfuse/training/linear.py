@@ -1,0 +1,106 @@
+"""Cox baselines: age and sex, and an elastic net over every table column."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from survfuse.training.config import TrainConfig
+from survfuse.training.config_files import ConfigError
+
+if TYPE_CHECKING:
+    from survfuse.data.cohort import Cohort, PreparedCohort
+    from survfuse.models.cox import CoxRegression
+
+CLINICAL = ("age", "is_female")
+
+
+def fit_cox(
+    config: TrainConfig, cohort: Cohort, prepared: PreparedCohort, train: np.ndarray, seed: int
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Fit a Cox baseline on the training rows and score all rows.
+
+    Validation rows are left out: a baseline sees the same training patients as the model it is
+    compared with.
+
+    Args:
+        config: `model.name` is "clinical_cox" or "elastic_net_cox"; `model.settings` are arguments
+            of `survfuse.models.CoxRegression`.
+        cohort: gives the clinical covariates.
+        prepared: gives the table columns, imputed, clipped and scaled as the protocol says.
+        train: training rows.
+        seed: of the inner folds that choose the strength of the penalty.
+
+    Returns:
+        risk [n] of all rows, higher = earlier event; and what was fitted, as JSON can hold it.
+
+    Raises:
+        ConfigError: a setting is wrong, or the cohort lacks what the baseline needs.
+    """
+    if config.model.name == "clinical_cox":
+        values, names = _clinical(cohort, train)
+        settings = {"strength": 0.0, **config.model.settings}
+    else:
+        values, names = _columns(prepared)
+        settings = {"strength": None, "l1_ratio": 0.5, **config.model.settings}
+    patients = np.asarray(cohort.patient_ids)
+    model = _make(settings, seed)
+    model.fit(
+        values[train],
+        time=cohort.time[train],
+        event=cohort.event[train],
+        patient=patients[train],
+    )
+    nonzero = np.flatnonzero(model.coefficients)
+    return model.risk(values), {
+        "strength": model.strength_,
+        "columns": len(names),
+        "coefficients": {names[i]: float(model.coefficients[i]) for i in nonzero},
+    }
+
+
+def _make(settings: dict[str, Any], seed: int) -> CoxRegression:
+    from survfuse.models.cox import CoxRegression
+
+    known = ("strength", "l1_ratio", "ties", "n_strengths", "n_folds", "max_iterations")
+    for name in settings:
+        if name not in known:
+            raise ConfigError(
+                f"model.settings.{name} is not a setting; valid names here: {', '.join(known)}"
+            )
+    return CoxRegression(seed=seed, **settings)
+
+
+def _clinical(cohort: Cohort, train: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Age and sex; unknown values become the training mean."""
+    names = [name for name in CLINICAL if name in cohort.covariates.columns]
+    if not names:
+        raise ConfigError(
+            "model.name is clinical_cox, but the cohort has neither of the covariates "
+            f"{' and '.join(CLINICAL)}"
+        )
+    values = cohort.covariate_matrix(names)
+    with warnings.catch_warnings():
+        # a column unknown in every training row has no mean; it becomes 0 below
+        warnings.simplefilter("ignore", RuntimeWarning)
+        mean = np.nanmean(values[train], axis=0)
+    filled = np.where(np.isnan(values), np.nan_to_num(mean), values)
+    # a constant column (one sex only) has nothing to say and no finite coefficient of its own
+    varies = np.ptp(filled[train], axis=0) > 0
+    if not varies.any():
+        raise ConfigError(f"{' and '.join(names)} are constant in the training rows")
+    return filled[:, varies], [name for name, keep in zip(names, varies) if keep]
+
+
+def _columns(prepared: PreparedCohort) -> tuple[np.ndarray, list[str]]:
+    """Every table column as the models see it; rows of an absent table are at the mean, 0."""
+    parts, names = [], []
+    for name, (kind, _) in prepared.channels().items():
+        if kind == "table":
+            parts.append(prepared.table(name).values.numpy().astype(np.float64))
+            names += list(prepared.features(name))
+    if not parts:
+        raise ConfigError("model.name is elastic_net_cox, but the cohort has no table")
+    return np.concatenate(parts, axis=1), names

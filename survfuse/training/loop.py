@@ -1,0 +1,319 @@
+"""Train one model on one split: batches, steps, early stopping, checkpoints.
+
+Nothing here knows where a cohort comes from or what a protocol is; `survfuse.training.fit` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from survfuse.batch import Batch
+from survfuse.evaluation.concordance import concordance_index
+from survfuse.training.checkpoint import (
+    EarlyStopping,
+    Progress,
+    load_checkpoint,
+    save_checkpoint,
+)
+from survfuse.training.config import TrainConfig
+from survfuse.training.losses import class_weights_of, cox_loss, nll_loss, risk_from_hazards
+from survfuse.training.run_folder import FoldFolder, MetricsLog
+from survfuse.training.schedule import apply_schedule, make_optimizer
+from survfuse.training.seeds import epoch_order, random_state, restore_random_state
+
+if TYPE_CHECKING:
+    from survfuse.data.cohort import PreparedCohort
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message names where and who."""
+
+
+@dataclass
+class FoldTask:
+    """One model, one split, and where its files go.
+
+    Attributes:
+        model: on `device` already, its weights drawn.
+        prepared: the cohort with everything fitted that is fitted before training.
+        train, validation: rows of the cohort; `validation` may be empty.
+        seed: orders the batches.
+        labels: what identifies the fold in metrics records, for example {"seed": 1, "fold": 0}.
+        log: receives a record per epoch.
+        on_epoch: called with every record, to show progress.
+    """
+
+    config: TrainConfig
+    model: torch.nn.Module
+    prepared: PreparedCohort
+    train: np.ndarray
+    validation: np.ndarray
+    seed: int
+    labels: dict[str, int]
+    device: torch.device
+    folder: FoldFolder
+    log: MetricsLog
+    on_epoch: Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class FoldResult:
+    """How training ended; the model of the task holds the weights to evaluate."""
+
+    epochs: int
+    best_epoch: int | None
+    evaluated: str  # "best" or "last"
+
+
+def train_fold(task: FoldTask) -> FoldResult:
+    """Train `task.model`, from its checkpoint if there is one.
+
+    Raises:
+        TrainingError: the loss is not finite.
+    """
+    config = task.config
+    stopping = EarlyStopping(
+        # without validation rows there is nothing to watch: a fixed number of epochs
+        config.training.patience if len(task.validation) else None,
+        higher_is_better=config.training.metric == "c_index",
+    )
+    state = _LoopState(task, stopping)
+    if task.folder.checkpoint.is_file():
+        state.restore(load_checkpoint(task.folder.checkpoint))
+    progress = state.progress
+    while not progress.finished:
+        _train_epoch(state)
+        record = _end_of_epoch(state)
+        stop = False
+        if len(task.validation):
+            watched = record["validation_" + config.training.metric]
+            stop = stopping.update(watched, progress.epoch, task.model)
+        task.log.append(record)
+        progress.finished = stop or progress.epoch >= config.training.epochs
+        if not progress.finished:
+            progress.epoch += 1
+        progress.batch, progress.loss_sum, progress.risks = 0, 0.0, []
+        state.save()
+        task.on_epoch(record)
+    use_best = config.protocol.weights == "best" and stopping.weights is not None
+    if use_best:
+        task.model.load_state_dict(stopping.weights)
+    return FoldResult(
+        epochs=progress.epoch,
+        best_epoch=stopping.best_epoch if stopping.weights is not None else None,
+        evaluated="best" if use_best else "last",
+    )
+
+
+class _LoopState:
+    """What changes while a fold trains, and how it is saved and restored."""
+
+    def __init__(self, task: FoldTask, stopping: EarlyStopping):
+        settings = task.config.training
+        self.task = task
+        self.stopping = stopping
+        self.progress = Progress()
+        self.optimizer = make_optimizer(list(task.model.parameters()), task.config.optimizer)
+        self.class_weights = _class_weights(task)
+        self.n_batches = -(-len(task.train) // settings.batch_size)
+        self.steps_per_epoch = -(-self.n_batches // settings.accumulate)
+        self.total_steps = self.steps_per_epoch * settings.epochs
+
+    def save(self) -> None:
+        self.progress.metrics_bytes = self.task.log.n_bytes
+        save_checkpoint(
+            self.task.folder.checkpoint,
+            {
+                "model": self.task.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "stopping": self.stopping.state(),
+                "progress": self.progress.state(),
+                "random": random_state(),
+            },
+        )
+
+    def restore(self, content: dict[str, Any]) -> None:
+        self.task.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.stopping.restore(content["stopping"])
+        self.progress = Progress.from_state(content["progress"])
+        restore_random_state(content["random"])
+
+
+def _train_epoch(state: _LoopState) -> None:
+    """The rest of the epoch that `state.progress` stands in."""
+    task, progress, settings = state.task, state.progress, state.task.config.training
+    order = task.train[epoch_order(len(task.train), seed=task.seed, epoch=progress.epoch)]
+    batches = [
+        order[i : i + settings.batch_size] for i in range(0, len(order), settings.batch_size)
+    ]
+    task.model.train()
+    while progress.batch < len(batches):
+        window = batches[progress.batch : progress.batch + settings.accumulate]
+        _step(state, window)
+        every = settings.checkpoint_steps
+        if every and progress.step % every == 0 and progress.batch < len(batches):
+            state.save()
+
+
+def _step(state: _LoopState, window: list[np.ndarray]) -> None:
+    """One optimiser step over the batches of `window`, each weighted by its share of the rows.
+
+    So accumulated batches give the gradient of one large batch where the loss is a mean over
+    patients. (The Cox loss is not: its risk sets stay within a batch.)
+    """
+    task, progress, config = state.task, state.progress, state.task.config
+    apply_schedule(
+        state.optimizer,
+        progress.step,
+        total_steps=state.total_steps,
+        settings=config.optimizer,
+        schedule=config.schedule,
+    )
+    state.optimizer.zero_grad(set_to_none=True)
+    n_rows = sum(len(rows) for rows in window)
+    for rows in window:
+        batch = task.prepared.batch(rows, device=task.device)
+        logits, auxiliary = forward(task.model, batch, config, task.device)
+        loss = survival_loss(logits, batch, config, state.class_weights)
+        value = float(loss.detach())
+        if not np.isfinite(value):
+            raise _not_finite(state, rows, value)
+        share = len(rows) / n_rows
+        total = share * (loss / config.loss.survival_divisor + auxiliary)
+        if rows is window[-1] and config.loss.l1:
+            norms = sum(parameter.abs().sum() for parameter in task.model.parameters())
+            total = total + config.loss.l1 * norms
+        total.backward()
+        progress.loss_sum += value * len(rows)
+        progress.risks.append(risk_of(logits.detach(), config).float().cpu())
+        progress.batch += 1
+    if config.training.clip_norm is not None:
+        torch.nn.utils.clip_grad_norm_(task.model.parameters(), config.training.clip_norm)
+    state.optimizer.step()
+    progress.step += 1
+
+
+def _end_of_epoch(state: _LoopState) -> dict[str, Any]:
+    """The metrics record of the epoch that just ended."""
+    task, progress, config = state.task, state.progress, state.task.config
+    order = task.train[epoch_order(len(task.train), seed=task.seed, epoch=progress.epoch)]
+    risks = torch.cat(progress.risks).double().numpy()
+    record: dict[str, Any] = {
+        **task.labels,
+        "epoch": progress.epoch,
+        "step": progress.step,
+        "lr": state.optimizer.param_groups[0]["lr"],
+        "train_loss": progress.loss_sum / len(order),
+        "train_c_index": _c_index(risks, task.prepared, order),
+    }
+    if len(task.validation):
+        logits = predict_logits(task.model, task.prepared, task.validation, config, task.device)
+        batch = _outcomes(task.prepared, task.validation)
+        weights = None if state.class_weights is None else state.class_weights.cpu()
+        record["validation_loss"] = float(survival_loss(logits, batch, config, weights))
+        risk = risk_of(logits, config).double().numpy()
+        record["validation_c_index"] = _c_index(risk, task.prepared, task.validation)
+    return record
+
+
+def forward(
+    model: torch.nn.Module, batch: Batch, config: TrainConfig, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Logits [B, out] in fp32 and the sum of the model's further losses."""
+    with torch.autocast(
+        device.type, dtype=torch.bfloat16, enabled=config.training.precision == "bf16"
+    ):
+        output = model(batch.inputs)
+    auxiliary = sum(output.auxiliary.values(), torch.zeros((), device=device))
+    return output.logits.float(), auxiliary
+
+
+def survival_loss(
+    logits: Tensor, batch: Batch, config: TrainConfig, weights: Tensor | None
+) -> Tensor:
+    """The mean survival loss of a batch, before `survival_divisor`."""
+    if config.loss.name == "cox":
+        return cox_loss(logits[:, 0], time=batch.time, event=batch.event, ties=config.loss.ties)
+    return nll_loss(
+        logits, batch.label, batch.event, alpha=config.loss.alpha, class_weights=weights
+    )
+
+
+def risk_of(logits: Tensor, config: TrainConfig) -> Tensor:
+    """Risk [B], higher = earlier event."""
+    return logits[:, 0] if config.loss.name == "cox" else risk_from_hazards(logits)
+
+
+@torch.no_grad()
+def predict_logits(
+    model: torch.nn.Module,
+    prepared: PreparedCohort,
+    rows: np.ndarray,
+    config: TrainConfig,
+    device: torch.device,
+) -> Tensor:
+    """Logits [n, out] of `rows` in evaluation mode, on the CPU. Draws no random number."""
+    was_training = model.training
+    model.eval()
+    parts = []
+    for chunk in _chunks(rows, config.training.batch_size):
+        logits, _ = forward(model, prepared.batch(chunk, device=device), config, device)
+        parts.append(logits.cpu())
+    model.train(was_training)
+    return torch.cat(parts)
+
+
+def _class_weights(task: FoldTask) -> Tensor | None:
+    """Weights of the time bins from the training rows; None where none are asked for."""
+    kind = task.config.loss.class_weights
+    if kind == "none":
+        return None
+    label = torch.from_numpy(np.asarray(task.prepared.labels)[task.train])
+    return class_weights_of(label, task.prepared.n_bins, kind=kind).to(task.device)
+
+
+def _chunks(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def _outcomes(prepared: PreparedCohort, rows: np.ndarray) -> Batch:
+    """A batch of outcomes without inputs."""
+    cohort = prepared.cohort
+    return Batch(
+        {},
+        torch.from_numpy(np.asarray(cohort.time)[rows]).float(),
+        torch.from_numpy(np.asarray(cohort.event)[rows]),
+        torch.from_numpy(np.asarray(prepared.labels)[rows]),
+        torch.from_numpy(np.asarray(rows)),
+    )
+
+
+def _c_index(risk: np.ndarray, prepared: PreparedCohort, rows: np.ndarray) -> float:
+    """Harrell's C; NaN where no pair is comparable."""
+    time = np.asarray(prepared.cohort.time)[rows]
+    event = np.asarray(prepared.cohort.event)[rows]
+    if not event.any():
+        return float("nan")
+    return float(concordance_index(risk, time=time, event=event))
+
+
+def _not_finite(state: _LoopState, rows: np.ndarray, value: float) -> TrainingError:
+    task, progress = state.task, state.progress
+    where = ", ".join(f"{name} {number}" for name, number in task.labels.items())
+    patients = [str(task.prepared.cohort.patient_ids[row]) for row in rows]
+    shown = ", ".join(patients[:8]) + (
+        f" and {len(patients) - 8} more" if len(patients) > 8 else ""
+    )
+    return TrainingError(
+        f"the loss is {value} at {where}, epoch {progress.epoch}, batch {progress.batch + 1} of "
+        f"{state.n_batches}; patients of the batch: {shown}. Look for NaN or very large numbers in "
+        "their features, or lower optimizer.lr; the last checkpoint holds the weights before"
+    )

@@ -1,0 +1,100 @@
+"""Build the model that a configuration names for the modalities a cohort has."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from survfuse.training.config import TrainConfig
+from survfuse.training.config_files import ConfigError, from_plain
+
+if TYPE_CHECKING:
+    from survfuse.data.cohort import PreparedCohort
+
+NEURAL = ("healnet", "mean_pool")
+
+
+def build_model(config: TrainConfig, prepared: PreparedCohort) -> torch.nn.Module:
+    """A freshly initialised model, on the CPU.
+
+    The same seed gives the same weights, whatever device the model goes to later.
+
+    Args:
+        config: names the model; the loss decides the width of its output.
+        prepared: gives the modalities, their widths and the number of time bins.
+
+    Raises:
+        ConfigError: a setting of the model is wrong.
+    """
+    out_dims = 1 if config.loss.name == "cox" else prepared.n_bins
+    channels = prepared.channels()
+    try:
+        if config.model.name == "healnet":
+            return _healnet(config, channels, out_dims)
+        return _mean_pool(config, channels, out_dims)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from None
+
+
+def _healnet(
+    config: TrainConfig, channels: dict[str, tuple[str, int]], out_dims: int
+) -> torch.nn.Module:
+    from survfuse.models.healnet import HEALNet
+    from survfuse.models.healnet_config import HEALNetConfig
+
+    name, _, cohort = (config.model.preset or "paper").partition(":")
+    preset = HEALNetConfig.from_preset(
+        name, modalities=channels, cohort=cohort or None, out_dims=out_dims
+    )
+    settings = dict(config.model.settings)
+    for fixed in ("out_dims",):
+        if fixed in settings:
+            raise ConfigError(
+                f"model.settings.{fixed} is {settings[fixed]!r}; it follows from loss.name and "
+                "protocol.n_bins and cannot be set"
+            )
+    modalities = _modality_settings(preset.modalities, settings.pop("modalities", {}))
+    values = {**_fields(preset), **settings, "modalities": modalities}
+    return HEALNet(from_plain(HEALNetConfig, values, prefix="model.settings"))
+
+
+def _modality_settings(preset: Any, given: Any) -> dict[str, dict[str, Any]]:
+    """The preset's modalities with the fields that `model.settings.modalities` replaces."""
+    merged = {name: dataclasses.asdict(item) for name, item in preset.items()}
+    if not isinstance(given, dict):
+        raise ConfigError(
+            f"model.settings.modalities is {given!r}; it must map names of modalities to settings"
+        )
+    for name, fields in given.items():
+        # a modality this run is not given, for example in a single-modality baseline
+        if name not in merged:
+            continue
+        if not isinstance(fields, dict):
+            raise ConfigError(
+                f"model.settings.modalities.{name} is {fields!r}; it must be a section"
+            )
+        for fixed in ("kind", "channels"):
+            if fixed in fields:
+                raise ConfigError(
+                    f"model.settings.modalities.{name}.{fixed} cannot be set; it follows from the "
+                    "data"
+                )
+        merged[name].update(fields)
+    return merged
+
+
+def _mean_pool(
+    config: TrainConfig, channels: dict[str, tuple[str, int]], out_dims: int
+) -> torch.nn.Module:
+    from survfuse.models.mean_pool import MeanPool, MeanPoolConfig
+
+    settings = from_plain(MeanPoolConfig, config.model.settings, prefix="model.settings")
+    return MeanPool(settings, channels, out_dims=out_dims)
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    return {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
