@@ -213,7 +213,7 @@ def _binary(values: ArrayLike, name: str, unit_ids: Sequence[str] | None) -> NDA
     try:
         numbers = array.astype(np.float64)
     except (TypeError, ValueError):
-        raise ValueError(f"{name} holds {array[0]!r}; it must hold 0 and 1 only") from None
+        raise ValueError(f"{name} holds {str(array[0])!r}; it must hold 0 and 1 only") from None
     wrong = (numbers != 0) & (numbers != 1)
     if wrong.any():
         raise ValueError(

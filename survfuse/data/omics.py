@@ -330,7 +330,7 @@ def _types_of(omics: pd.DataFrame, path: Path) -> dict[str, tuple[str, ...]]:
 
 
 def _numbers(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
-    text = frame.columns[[not np.issubdtype(dtype, np.number) for dtype in frame.dtypes.to_numpy()]]
+    text = frame.select_dtypes(exclude=["number", "bool"]).columns
     if len(text):
         raise ValueError(f"{path}: column {text[0]!r} holds something that is not a number")
     return frame.astype(np.float64)

@@ -36,7 +36,7 @@ class TablePreprocessor:
     Example:
         >>> fitted = TablePreprocessor.fit([[0.0], [2.0], [np.nan]], features=["x"], clip=None)
         >>> fitted.transform([[np.nan], [2.0]]).tolist()
-        [[0.0], [1.2247449159622192]]
+        [[0.0], [1.0]]
     """
 
     features: tuple[str, ...]

@@ -1,0 +1,453 @@
+"""Cohorts: missing modalities, minibatches without copies, frozen preprocessing, real files."""
+
+from __future__ import annotations
+
+import json
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from survfuse.data.bags import Bags
+from survfuse.data.cohort import Cohort, PreparedCohort
+from survfuse.data.cohort_files import bags_of_slides, read_cohort
+from survfuse.data.modalities import ArrayModality, BagModality, GraphModality, TableModality
+
+N = 12
+GENES = ("A", "B", "C")
+
+
+def make_cohort(seed: int = 0) -> Cohort:
+    """Twelve patients with all four kinds of modality, each absent for someone."""
+    rng = np.random.default_rng(seed)
+    table = rng.normal(size=(N, 3))
+    table[2] = np.nan
+    table[5, 1] = np.nan
+    lengths = [4, 3, 0, 6, 2]
+    bags = Bags.from_list(
+        [torch.full((n, 5), float(i)) for i, n in enumerate(lengths)],
+        [f"slide{i}" for i in range(5)],
+        coords=[torch.zeros(n, 2) for n in lengths],
+    )
+    # row 1: two adjacent slides; row 2: an empty slide only; row 3: slides that lie apart
+    groups = ((0,), (0, 1), (2,), (0, 3), (), (4,), *[()] * 6)
+    torch.manual_seed(seed)
+    nodes = Bags.from_list([torch.rand(3, 4), torch.rand(2, 4)], ["g0", "g1"])
+    edges = (torch.tensor([[0, 1], [1, 2]]), torch.tensor([[1], [0]]))
+    volume = torch.rand(N, 2, 3, 6)
+    volume[7] = torch.nan
+    return Cohort(
+        unit_ids=tuple(f"P{i}" for i in range(N)),
+        patient_ids=tuple(f"P{i}" for i in range(N)),
+        time=np.arange(1.0, N + 1),
+        event=np.arange(N) % 2 == 0,
+        covariates=pd.DataFrame({"age": rng.normal(60, 5, N), "site": ["x"] * N}),
+        modalities={
+            "genes": TableModality(table, GENES, {"pair": ("A", "C"), "none": ()}),
+            "slides": BagModality(bags, groups),
+            "volume": ArrayModality(volume, np.arange(N) != 7),
+            "cells": GraphModality(nodes, edges, np.array([0, 1, -1, 1] + [-1] * 8)),
+        },
+    )
+
+
+def bag_rows(batch, sample: int) -> list[float]:
+    start, length = int(batch.ragged.starts[sample]), int(batch.ragged.lengths[sample])
+    return batch.features[start : start + length, 0].tolist()
+
+
+def test_channels_and_presence():
+    cohort = make_cohort()
+    assert cohort.channels() == {
+        "genes": ("table", 3),
+        "slides": ("bag", 5),
+        "volume": ("array", 6),
+        "cells": ("graph", 4),
+    }
+    assert np.flatnonzero(~cohort.present("genes")).tolist() == [2]
+    # a slide without a patch is no slide
+    assert np.flatnonzero(cohort.present("slides")).tolist() == [0, 1, 3, 5]
+    assert np.flatnonzero(cohort.present("cells")).tolist() == [0, 1, 3]
+    assert cohort.modalities["slides"].n_patches.tolist()[:6] == [4, 7, 0, 10, 0, 2]
+    assert json.loads(json.dumps(cohort.summary()))["modalities"]["volume"]["present"] == 11
+
+
+def test_a_batch_holds_every_kind_with_absent_rows_as_zeros():
+    prepared = make_cohort().prepare(np.arange(8), n_bins=2)
+    batch = prepared.batch([2, 0, 7])
+    assert batch.time.dtype == torch.float32
+    assert batch.time.tolist() == [3.0, 1.0, 8.0]
+    assert batch.event.tolist() == [True, True, False]
+    assert batch.rows.tolist() == [2, 0, 7]
+    assert batch.label.dtype == torch.int64
+    genes, volume = batch.inputs["genes"], batch.inputs["volume"]
+    assert genes.present.tolist() == [False, True, True]
+    assert (genes.values[0] == 0).all()
+    assert genes.values.dtype == torch.float32
+    assert volume.present.tolist() == [True, True, False]
+    assert (volume.values[2] == 0).all()
+    assert volume.values.shape == (3, 2, 3, 6)
+    assert batch.inputs["slides"].present.tolist() == [False, True, False]
+
+
+def test_bags_of_a_batch_are_views_of_the_store_where_slides_lie_together():
+    prepared = make_cohort().prepare(None, n_bins=2)
+    stored = prepared.cohort.modalities["slides"].bags.features
+    batch = prepared.batch([1, 0, 4]).inputs["slides"]
+    assert batch.features.data_ptr() == stored.data_ptr()
+    assert bag_rows(batch, 0) == [0.0] * 4 + [1.0] * 3
+    assert bag_rows(batch, 1) == [0.0] * 4
+    assert bag_rows(batch, 2) == []
+    apart = prepared.batch([3]).inputs["slides"]
+    assert bag_rows(apart, 0) == [0.0] * 4 + [3.0] * 6
+
+
+def test_graph_edges_name_rows_of_the_packed_nodes():
+    cohort = make_cohort()
+    batch = cohort.prepare(None, n_bins=2).batch([1, 2, 0, 3]).inputs["cells"]
+    assert batch.present.tolist() == [True, False, True, True]
+    nodes = cohort.modalities["cells"].nodes
+    for sample, graph in ((0, 1), (2, 0), (3, 1)):
+        start, length = int(batch.ragged.starts[sample]), int(batch.ragged.lengths[sample])
+        assert torch.equal(batch.features[start : start + length], nodes[graph])
+    assert batch.edges.tolist() == [[4, 0, 1, 4], [3, 1, 2, 3]]
+    nothing = cohort.prepare(None, n_bins=2).batch([5]).inputs["cells"]
+    assert nothing.edges.shape == (2, 0)
+
+
+def test_the_same_rows_give_the_same_batch():
+    first, again = (make_cohort().prepare(np.arange(8), n_bins=3).batch([5, 3, 2]) for _ in "ab")
+    assert torch.equal(first.label, again.label)
+    for name, mine in first.inputs.items():
+        assert torch.equal(mine.present, again.inputs[name].present)
+        values = mine.values if hasattr(mine, "values") else mine.features
+        theirs = again.inputs[name]
+        assert torch.equal(values, theirs.values if hasattr(theirs, "values") else theirs.features)
+
+
+def test_tables_and_bins_see_training_rows_only():
+    cohort = make_cohort()
+    train = np.arange(8)
+    changed = make_cohort()
+    changed.modalities["genes"].values[8:] *= 50
+    changed.time[8:] += 100
+    state = cohort.prepare(train, n_bins=3).state
+    assert changed.prepare(train, n_bins=3).state == state
+    assert changed.prepare(None, n_bins=3).state != state
+    # the rows that set the bins may be others than those that set the tables
+    other = changed.prepare(train, n_bins=3, bin_rows=np.arange(N)).state
+    assert other["tables"] == state["tables"]
+    assert other["interior_edges"] != state["interior_edges"]
+
+
+def test_state_goes_through_json_and_gives_the_same_batches():
+    cohort = make_cohort()
+    prepared = cohort.prepare(np.arange(8), n_bins=3, select=2)
+    state = json.loads(json.dumps(prepared.state, allow_nan=False))
+    again = PreparedCohort.from_state(cohort, state)
+    assert again.channels() == prepared.channels()
+    assert again.channels()["genes"] == ("table", 2)
+    assert again.edges.tolist() == prepared.edges.tolist()
+    mine, theirs = prepared.batch(np.arange(N)), again.batch(np.arange(N))
+    assert torch.equal(mine.inputs["genes"].values, theirs.inputs["genes"].values)
+    assert torch.equal(mine.label, theirs.label)
+    assert again.state == prepared.state
+
+
+def test_a_new_cohort_may_lack_modalities_and_order_columns_otherwise():
+    trained = make_cohort().prepare(np.arange(8), n_bins=2)
+    other = make_cohort()
+    genes = other.modalities["genes"]
+    swapped = TableModality(
+        np.column_stack([np.ones(N), genes.values[:, ::-1]]), ("extra", *GENES[::-1])
+    )
+    applied = PreparedCohort.from_state(
+        other.only(["genes"]).with_modality("genes", swapped), trained.state
+    )
+    assert applied.channels() == trained.channels()
+    batch, reference = applied.batch([0, 5]), trained.batch([0, 5])
+    assert torch.equal(batch.inputs["genes"].values, reference.inputs["genes"].values)
+    for name in ("slides", "volume", "cells"):
+        assert batch.inputs[name].present.tolist() == [False, False]
+    assert batch.inputs["volume"].values.shape == (2, 2, 3, 6)
+    no_table = PreparedCohort.from_state(other.only(["slides"]), trained.state).batch([0])
+    assert no_table.inputs["genes"].present.tolist() == [False]
+    assert no_table.inputs["genes"].values.tolist() == [[0.0, 0.0, 0.0]]
+
+
+def test_a_state_that_does_not_fit_is_refused():
+    cohort = make_cohort()
+    state = cohort.prepare(None, n_bins=2).state
+    narrow = TableModality(cohort.modalities["genes"].values[:, :2], GENES[:2])
+    with pytest.raises(ValueError, match=r"table 'genes' lacks 1 columns .*: 'C'"):
+        PreparedCohort.from_state(cohort.with_modality("genes", narrow), state)
+    with pytest.raises(ValueError, match=r"modality 'slides' is a table; it must be a bag"):
+        PreparedCohort.from_state(cohort.with_modality("slides", narrow), state)
+    wide = BagModality(Bags(torch.zeros(1, 9), [1], ["s"]), ((0,),) * N)
+    with pytest.raises(ValueError, match=r"modality 'slides' has 9 channels; it must have 5"):
+        PreparedCohort.from_state(cohort.with_modality("slides", wide), state)
+    with pytest.raises(ValueError, match=r"state has version 99; it must be 1"):
+        PreparedCohort.from_state(cohort, {**state, "version": 99})
+
+
+def test_groups_follow_the_selected_columns():
+    prepared = make_cohort().prepare(None, n_bins=2)
+    groups = prepared.groups("genes")
+    assert {name: columns.tolist() for name, columns in groups.items()} == {
+        "pair": [0, 2],
+        "none": [],
+    }
+    kept = make_cohort().prepare(None, n_bins=2, select=1)
+    position = {name: i for i, name in enumerate(kept.features("genes"))}
+    assert kept.groups("genes")["pair"].tolist() == [position[g] for g in "AC" if g in position]
+
+
+def test_subset_keeps_rows_together_and_copies_no_bag():
+    cohort = make_cohort()
+    part = cohort.subset([3, 0])
+    assert part.unit_ids == ("P3", "P0")
+    assert part.time.tolist() == [4.0, 1.0]
+    assert part.covariates["age"].tolist() == cohort.covariates["age"].iloc[[3, 0]].tolist()
+    assert part.modalities["slides"].groups == ((0, 3), (0,))
+    assert part.modalities["slides"].bags is cohort.modalities["slides"].bags
+    assert part.modalities["cells"].graph_of.tolist() == [1, 0]
+    assert len(cohort.subset(cohort.event)) == 6
+
+
+def test_wrong_cohorts_are_named():
+    good = make_cohort()
+    cases = [
+        ({"time": np.r_[np.nan, good.time[1:]]}, r"time at row 0 \(P0\) is nan"),
+        ({"time": np.r_[good.time[:-1], -1]}, r"time at row 11 \(P11\) is -1; .*at least 0"),
+        ({"event": np.full(N, 2)}, r"event at row 0 \(P0\) is 2"),
+        ({"unit_ids": ("P0", *good.unit_ids[:-1])}, r"unit_ids holds 'P0' twice"),
+        ({"patient_ids": good.patient_ids[:-1]}, r"patient_ids has 11 rows and time 12"),
+        (
+            {"modalities": {"genes": good.modalities["genes"].subset(np.arange(3))}},
+            r"modalities\['genes'\] has 3 rows and time 12",
+        ),
+    ]
+    for change, message in cases:
+        with pytest.raises(ValueError, match=message):
+            good._replace(**change)
+
+
+def test_wrong_requests_are_named():
+    cohort = make_cohort()
+    with pytest.raises(ValueError, match=r"unknown modality 'gene'.*did you mean 'genes'"):
+        cohort.present("gene")
+    with pytest.raises(ValueError, match=r"unknown covariate 'Age'.*did you mean 'age'"):
+        cohort.covariate_matrix(["Age"])
+    with pytest.raises(ValueError, match=r"covariate 'site' of cohort holds text"):
+        cohort.covariate_matrix(["age", "site"])
+    with pytest.raises(ValueError, match=r"table 'genes' is absent from every training row"):
+        cohort.prepare([2], n_bins=2)
+    with pytest.raises(ValueError, match=r"each of the 2 rows of fit_on is censored"):
+        cohort.prepare([1, 3], n_bins=2)
+    with pytest.raises(ValueError, match=r"train_rows is empty"):
+        cohort.prepare([])
+    with pytest.raises(ValueError, match=r"rows holds 12; rows are 0 to 11"):
+        cohort.prepare(None, n_bins=2).batch([12])
+    with pytest.raises(ValueError, match=r"unknown table 'slides'"):
+        cohort.prepare(None, n_bins=2).features("slides")
+
+
+def test_wrong_modalities_are_named():
+    with pytest.raises(ValueError, match=r"must be \[rows, 2\]"):
+        TableModality(np.zeros((2, 3)), ("a", "b"))
+    with pytest.raises(ValueError, match=r"features holds 'a' twice"):
+        TableModality(np.zeros((2, 2)), ("a", "a"))
+    with pytest.raises(ValueError, match=r"row 1 names bag 3; there are 1 bags"):
+        BagModality(Bags(torch.zeros(1, 2), [1], ["s"]), ((0,), (3,)))
+    with pytest.raises(ValueError, match=r"values is .* of shape \(2, 3\)"):
+        ArrayModality(torch.zeros(2, 3), np.ones(2, dtype=bool))
+    with pytest.raises(ValueError, match=r"present is bool of shape \(3,\)"):
+        ArrayModality(torch.zeros(2, 3, 1), np.ones(3, dtype=bool))
+    nodes = Bags(torch.zeros(2, 2), [2], ["g"])
+    with pytest.raises(ValueError, match=r"edges of graph 0 name node 2; it has 2 nodes"):
+        GraphModality(nodes, (torch.tensor([[0], [2]]),), np.array([0]))
+    with pytest.raises(ValueError, match=r"graph_of reaches from 0 to 1"):
+        GraphModality(nodes, (torch.zeros(2, 0, dtype=torch.int64),), np.array([0, 1]))
+
+
+# ---- files
+
+
+def test_the_honest_cohort_has_one_row_per_patient_and_one_table_per_type(shared_data):
+    omics = shared_data / "tcga_omics"
+    cohort = read_cohort(
+        omics / "tcga_blca_all_clean.csv.zip", signatures=omics / "mcat_signatures.csv"
+    )
+    assert cohort.name == "tcga_blca"
+    assert (len(cohort), int(cohort.event.sum())) == (373, 169)
+    assert cohort.unit_ids == cohort.patient_ids
+    assert cohort.channels() == {
+        "rnaseq": ("table", 1554),
+        "cnv": ("table", 256),
+        "mut": ("table", 371),
+    }
+    groups = [cohort.modalities[kind].groups for kind in cohort.modalities]
+    assert [sum(len(g[f]) for g in groups) for f in groups[0]] == [102, 336, 518, 434, 199, 444]
+    clinical = cohort.covariate_matrix(["age", "is_female"])
+    assert clinical[:, 0].min() == 34
+    assert set(clinical[:, 1]) == {0, 1}
+    # no prepared value is a spike, whatever the raw table holds
+    assert cohort.modalities["rnaseq"].values.max() > 14_000
+    prepared = cohort.prepare(np.arange(250))
+    assert prepared.table("rnaseq").values[:250].abs().max() < 16
+
+
+def test_the_healnet_cohort_is_the_released_one(shared_data):
+    path = shared_data / "tcga_omics" / "tcga_kirp_all_clean.csv.zip"
+    cohort = read_cohort(path, rows="slides", tables="healnet")
+    assert (len(cohort), len(set(cohort.patient_ids))) == (284, 260)
+    prepared = cohort.prepare(None, clip=None, scale="none")
+    assert np.bincount(prepared.labels).tolist() == [43, 56, 113, 72]
+    # an independent reading: fill by the mean of all rows, drop what is no feature
+    raw = pd.read_csv(path, index_col=0, low_memory=False)
+    drop = ["site", "oncotree_code", "case_id", "slide_id", "train"]
+    raw = raw.drop(columns=[*drop, "censorship", "survival_months"])
+    expected = torch.tensor(raw.fillna(raw.mean()).to_numpy(dtype=np.float32))
+    assert prepared.features("omics") == tuple(raw.columns)
+    assert torch.equal(prepared.table("omics").values, expected)
+
+
+def test_merged_tables_leave_out_the_covariates(shared_data):
+    path = shared_data / "tcga_omics" / "tcga_ucec_all_clean.csv.zip"
+    assert read_cohort(path, tables="merged").channels() == {"omics": ("table", 1411)}
+    assert read_cohort(path, tables="merged", types=["mut"]).channels() == {
+        "omics": ("table", 1406)
+    }
+    with pytest.raises(ValueError, match=r"tcga_ucec.* has no rnaseq columns"):
+        read_cohort(path, types=["rnaseq"])
+
+
+def test_survpath_cohort_with_pathways_and_disease_specific_survival(shared_data):
+    folder = shared_data / "survpath"
+    rna = folder / "raw_rna_data" / "xena" / "blca" / "rna_clean.csv"
+    cohort = read_cohort(
+        rna,
+        metadata=folder / "tcga_blca.csv",
+        tables="signatures",
+        signatures=folder / "xena_signatures.csv",
+        endpoint="DSS",
+    )
+    assert (cohort.name, len(cohort), int(cohort.event.sum())) == ("blca", 359, 113)
+    assert len(cohort.modalities["omics"].groups) == 281
+    with pytest.raises(ValueError, match=r"rows is 'slides'; SurvPath's expression"):
+        read_cohort(rna, metadata=folder / "tcga_blca.csv", rows="slides")
+
+
+def test_outcomes_of_tcga_cdr_replace_those_of_the_table(shared_data):
+    path = shared_data / "tcga_omics" / "tcga_blca_all_clean.csv.zip"
+    outcomes = shared_data / "tcga_cdr" / "outcome.xlsx"
+    with pytest.raises(ValueError, match=r"DFI time is NaN for 199 rows"):
+        read_cohort(path, outcomes=outcomes, endpoint="DFI")
+    cohort = read_cohort(path, outcomes=outcomes, endpoint="DFI", missing_outcome="drop")
+    assert len(cohort) == 174
+    assert cohort.notes == ("199 rows without DFI were left out",)
+    assert len(cohort.modalities["rnaseq"]) == 174
+
+
+TABLE = """case_id,slide_id,survival_months,censorship,age,is_female,A_rnaseq
+p1,s1.svs,10,0,50,1,0.5
+p1,s2.svs,10,0,50,1,0.5
+p2,s3.svs,20,1,60,0,1.5
+p3,s4.svs,5,0,,1,-1
+"""
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A table of three patients and bag files of three of their four slides."""
+    (tmp_path / "tcga_tiny_all_clean.csv").write_text(TABLE)
+    folder = tmp_path / "bags"
+    folder.mkdir()
+    for i, slide in enumerate(("s1", "s2", "s3", "unrelated")):
+        with h5py.File(folder / f"{slide}.h5", "w") as file:
+            file["features"] = np.full((2 + i, 4), i, dtype=np.float32)
+            file["coords"] = np.zeros((2 + i, 2), dtype=np.int32)
+    return tmp_path / "tcga_tiny_all_clean.csv", folder
+
+
+def test_bags_of_a_folder_join_their_patients(files):
+    table, folder = files
+    cohort = read_cohort(table, bags=folder)
+    assert cohort.present("slides").tolist() == [True, True, False]
+    assert cohort.modalities["slides"].bags.names == ["s1", "s2", "s3"]
+    batch = cohort.prepare(None, n_bins=2).batch([0, 1, 2]).inputs["slides"]
+    assert batch.ragged.lengths.tolist() == [5, 4, 0]
+    assert bag_rows(batch, 0) == [0, 0, 1, 1, 1]
+    by_slide = read_cohort(table, rows="slides", bags=folder, bag_name="wsi")
+    assert by_slide.unit_ids == ("s1", "s2", "s3", "s4")
+    assert by_slide.present("wsi").tolist() == [True, True, True, False]
+
+
+def test_bags_of_a_store_join_their_patients(files, tmp_path):
+    from survfuse.data.store import BagStore
+
+    table, _ = files
+    packed = Bags.from_list([torch.ones(2, 4), torch.zeros(3, 4)], ["s3", "s1"])
+    BagStore.write(tmp_path / "store.h5", packed)
+    cohort = read_cohort(table, bags=tmp_path / "store.h5")
+    assert cohort.modalities["slides"].n_patches.tolist() == [3, 2, 0]
+
+
+def test_bags_that_do_not_fit_are_named(files, tmp_path):
+    table, folder = files
+    with pytest.raises(FileNotFoundError, match=r"nowhere is neither a bag store nor a folder"):
+        read_cohort(table, bags=tmp_path / "nowhere")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(FileNotFoundError, match=r"holds no bag file"):
+        read_cohort(table, bags=empty)
+    with pytest.raises(ValueError, match=r"none of 4 files .* is of a slide of the cohort"):
+        bags_of_slides(folder, [("other",)])
+    with pytest.raises(ValueError, match=r"none of 1 slides has a bag.*'other'"):
+        bags_of_slides(Bags(torch.zeros(1, 2), [1], ["s1"]), [("other",)])
+    torch.save(torch.zeros(3, 4), folder / "s1.pt")
+    with pytest.raises(ValueError, match=r"s1\.h5 and .*s1\.pt are both of slide 's1'"):
+        read_cohort(table, bags=folder)
+    (folder / "s1.pt").unlink()
+    with h5py.File(folder / "s4.h5", "w") as file:
+        file["features"] = np.zeros((2, 7), dtype=np.float32)
+    with pytest.raises(ValueError, match=r"bag 's4' has 7 features per patch and bag 's1' has 4"):
+        read_cohort(table, bags=folder)
+
+
+def test_wrong_choices_name_the_nearest(files):
+    table, _ = files
+    with pytest.raises(ValueError, match=r"unknown rows 'patient'; did you mean 'patients'"):
+        read_cohort(table, rows="patient")
+    with pytest.raises(ValueError, match=r"unknown tables 'bytype'.*did you mean 'by_type'"):
+        read_cohort(table, tables="bytype")
+    with pytest.raises(ValueError, match=r"needs a file of gene groups"):
+        read_cohort(table, tables="signatures")
+    with pytest.raises(ValueError, match=r"missing_outcome is 'keep'"):
+        read_cohort(table, missing_outcome="keep")
+    with pytest.raises(FileNotFoundError, match=r"missing\.csv does not exist"):
+        read_cohort(table.with_name("missing.csv"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("p2,s3.svs,20,", "p2,s3.svs,,", r"OS time is NaN for 1 rows of .*: 'p2'"),
+        ("p2,s3.svs,20,", "p2,s3.svs,-20,", r"OS time at row 1 \(p2\) is -20; .*at least 0"),
+        ("p2,s3.svs,20,1", "p2,s3.svs,20,3", r"censorship at row 1 \(p2\) is 3"),
+    ],
+)
+def test_wrong_outcomes_in_a_file_name_column_row_and_unit(files, old, new, message):
+    table, _ = files
+    table.write_text(TABLE.replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        read_cohort(table)
+
+
+def test_a_cohort_of_censored_patients_cannot_be_prepared(files):
+    table, _ = files
+    table.write_text(TABLE.replace(",10,0,", ",10,1,").replace(",5,0,", ",5,1,"))
+    with pytest.raises(ValueError, match=r"is censored; time bins need at least one row"):
+        read_cohort(table).prepare(None)
