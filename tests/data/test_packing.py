@@ -166,14 +166,14 @@ KILLED = """
     import os, signal, sys
     from survfuse.data.packing import pack
     def stop(progress):
-        if progress.stage == "write" and progress.done == 3:
+        if progress.stage == "write" and progress.done == int(sys.argv[3]):
             os.kill(os.getpid(), signal.SIGKILL)
     pack(sys.argv[1], sys.argv[2], progress=stop)
 """
 
 
-def kill_after_three(folder, out):
-    code = [sys.executable, "-c", textwrap.dedent(KILLED), str(folder), str(out)]
+def kill_after_three(folder, out, n_done=3):
+    code = [sys.executable, "-c", textwrap.dedent(KILLED), str(folder), str(out), str(n_done)]
     assert subprocess.run(code, timeout=120).returncode == -signal.SIGKILL
 
 
@@ -208,6 +208,40 @@ def test_a_changed_file_is_read_again(tmp_path, folder, counted):
     assert pack(folder, out).n_resumed == 2
     assert counted == ["slide0.h5", "slide3.h5", "slide4.pt"]
     assert torch.equal(BagStore(out).features, expected(folder))
+
+
+def test_killed_twice(tmp_path, folder, counted):
+    out = tmp_path / "out.h5"
+    kill_after_three(folder, out)
+    os.utime(folder / "slide0.h5", ns=(1, 1))
+    kill_after_three(folder, out, n_done=4)
+    # the second run wrote slides 0 and 3
+    assert pack(folder, out).n_resumed == 4
+    assert counted == ["slide4.pt"]
+    BagStore(out).verify()
+
+
+def test_a_bag_counts_as_done_only_when_it_is_on_the_disk(tmp_path, folder, monkeypatch):
+    order = []
+    flush, add = os.fdatasync, packing._Journal.add
+    monkeypatch.setattr(
+        store_file.os, "fdatasync", lambda handle: (order.append("rows"), flush(handle))
+    )
+    monkeypatch.setattr(packing._Journal, "add", lambda *a: (order.append("journal"), add(*a)))
+    pack(folder, tmp_path / "out.h5")
+    assert order == ["rows", "journal"] * 5
+
+
+def test_the_partial_file_appears_with_a_whole_header(tmp_path, folder, monkeypatch):
+    create = packing.create_store
+
+    def create_store(path, plan):
+        assert not (tmp_path / ".out.h5.partial").exists()
+        create(path, plan)
+        assert not (tmp_path / ".out.h5.partial").exists()
+
+    monkeypatch.setattr(packing, "create_store", create_store)
+    assert pack(folder, tmp_path / "out.h5").n_bags == 5
 
 
 @pytest.mark.parametrize("change", ["more files", "type", "resume", "partial", "journal"])
@@ -291,6 +325,29 @@ def test_a_disk_too_small_is_found_before_reading(tmp_path, folder, counted, mon
         pack(folder, tmp_path / "out.h5")
     assert counted == []
     assert [path.name for path in tmp_path.iterdir()] == ["features"]
+
+
+def refuse_to_reserve(monkeypatch, number):
+    def posix_fallocate(handle, offset, size):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(store_file.os, "posix_fallocate", posix_fallocate)
+
+
+def test_room_is_reserved_before_reading(tmp_path, folder, counted, monkeypatch):
+    refuse_to_reserve(monkeypatch, errno.ENOSPC)
+    with pytest.raises(OSError, match="no room for the store"):
+        pack(folder, tmp_path / "out.h5")
+    assert counted == []
+    assert [path.name for path in tmp_path.iterdir()] == ["features"]
+
+
+def test_file_systems_that_cannot_reserve_are_written_to(tmp_path, folder, monkeypatch):
+    refuse_to_reserve(monkeypatch, errno.EOPNOTSUPP)
+    assert pack(folder, tmp_path / "out.h5").n_bags == 5
+    refuse_to_reserve(monkeypatch, errno.EIO)
+    with pytest.raises(OSError, match="Input/output error"):
+        pack(folder, tmp_path / "other.h5")
 
 
 def test_a_real_small_disk(tmp_path):

@@ -319,6 +319,7 @@ BAD = [
     ("s.h5", h5_with(features=np.float32(3)), r"shape \(\)"),
     ("s.h5", h5_with(features=np.zeros((3, 0))), "a patch needs features"),
     ("s.h5", h5_with(features=np.zeros((3, 4), dtype=np.int32)), "are torch.int32"),
+    ("s.h5", h5_with(features=np.zeros((3, 4), dtype=np.uint16)), "are torch.uint16"),
     ("s.h5", h5_with(features=np.array([[b"a"]])), "s.h5: "),
     (
         "s.h5",
