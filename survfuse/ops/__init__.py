@@ -1,13 +1,27 @@
-"""The public operations; importing this registers them with torch."""
+"""The public operations. Importing this registers them with torch; it imports no Triton."""
 
+from __future__ import annotations
+
+from survfuse.ops.backends import Selection, backend_obstacle, select_backend
 from survfuse.ops.pool_bag import pool_bag
-from survfuse.reference import pool_weights as _pw, tokens_attend_bag as _t, tokens_attend_bag_with_lse as _tl, tokens_attend_bag_weights as _tw
+from survfuse.ops.pool_weights import pool_weights
+from survfuse.ops.selection import selected_backend
+from survfuse.ops.tokens_attend_bag import (
+    tokens_attend_bag,
+    tokens_attend_bag_weights,
+    tokens_attend_bag_with_lse,
+)
+from survfuse.reference.pool_bag import PooledBag
 
-def _wrap(f):
-    def g(*a, absorb="auto", backend=None, **k):
-        return f(*a, **k)
-    return g
-
-pool_weights=_wrap(_pw)
-tokens_attend_bag=_wrap(_t); tokens_attend_bag_with_lse=_wrap(_tl)
-tokens_attend_bag_weights=_wrap(_tw)
+__all__ = [
+    "PooledBag",
+    "Selection",
+    "backend_obstacle",
+    "pool_bag",
+    "pool_weights",
+    "select_backend",
+    "selected_backend",
+    "tokens_attend_bag",
+    "tokens_attend_bag_weights",
+    "tokens_attend_bag_with_lse",
+]

@@ -19,7 +19,8 @@ def check_tensor(
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device} and the bag on {device}; move one of them")
     fits = tensor.dim() == len(shape) and all(
-        isinstance(want, str) or have == want for have, want in zip(tensor.shape, shape, strict=True)
+        isinstance(want, str) or have == want
+        for have, want in zip(tensor.shape, shape, strict=True)
     )
     if not fits:
         wanted = ", ".join(map(str, shape))

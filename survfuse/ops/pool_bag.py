@@ -134,6 +134,12 @@ def check_pooling(
     return packed, bias, ragged
 
 
+def check_ranges(bag: Tensor, starts: Tensor, lengths: Tensor, total: int, max_length: int) -> None:
+    """On the CPU, raise unless every bag lies within the matrix; kernels on a device clamp."""
+    if bag.device.type == "cpu":
+        Ragged(starts, lengths, total, max_length).check(bag.shape[0])
+
+
 _SIZES = "Tensor starts, Tensor lengths, SymInt total, SymInt max_length"
 _OPTIONS = (
     "float scale, bool normalize, float eps, Tensor? mean, Tensor? rstd, "
@@ -141,11 +147,8 @@ _OPTIONS = (
 )
 
 
-def _implementation(backend: str, bag: Tensor, starts: Tensor, lengths: Tensor, n_rows: int):
+def _implementation(backend: str, bag: Tensor, n_rows: int):
     chosen = select_backend(backend or None, device=bag.device, dtype=bag.dtype, n_rows=n_rows)
-    if bag.device.type == "cpu":
-        total, longest = (int(lengths.sum()), int(lengths.max())) if lengths.numel() else (0, 0)
-        Ragged(starts, lengths, total, longest).check(bag.shape[0])
     return importlib.import_module(_MODULES[chosen.backend])
 
 
@@ -172,7 +175,8 @@ def _forward(
     seed,
     backend,
 ):
-    module = _implementation(backend, bag, starts, lengths, rows.shape[1])
+    check_ranges(bag, starts, lengths, total, max_length)
+    module = _implementation(backend, bag, rows.shape[1])
     return module.pool_bag_forward(
         rows,
         unit_stride(bag),
@@ -235,7 +239,7 @@ def _backward(
     needs_bag,
     needs_bias,
 ):
-    module = _implementation(backend, bag, starts, lengths, rows.shape[1])
+    module = _implementation(backend, bag, rows.shape[1])
     gradients = module.pool_bag_backward(
         d_pooled,
         d_lse,

@@ -1,1 +1,1 @@
-"""Plain torch over tiles of the bag: O(tile) memory, own backward, products by torch's libraries."""
+"""Plain torch over tiles of the bag: O(tile) memory, own backward, torch's own products."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm
 
 from survfuse.reference.dropout import keep_mask
 from survfuse.tiled.tiles import Tile, product, tiles
@@ -102,7 +101,7 @@ def pool_bag_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """d_rows [B, R, D], d_bag [T, D] of the bag's type, d_bias [T]; None where not needed."""
     kind = accumulation_type(bag.dtype)
-    n_bags, n_rows, dim = rows.shape
+    n_bags, dim = rows.shape[0], rows.shape[2]
     d_rows = torch.zeros(rows.shape, dtype=kind, device=bag.device) if needs_rows else None
     # sums of overlapping bags are rounded once, at the end
     d_bag = torch.zeros(bag.shape, dtype=kind, device=bag.device) if needs_bag else None
@@ -118,13 +117,13 @@ def pool_bag_backward(
             if d_rows is not None:
                 d_rows[tile.bags] += product((d_logits * scale).to(x.dtype), x)
             if d_bias is not None:
-                _add_rows(d_bias, tile, d_logits.sum(-2))
+                add_rows(d_bias, tile, d_logits.sum(-2))
             if d_bag is not None:
                 d_x = product((d_logits * scale).to(x.dtype).mT, a)
                 d_x += product(weights.to(x.dtype).mT, dz)
                 if normalize:
-                    d_x = _normalize_gradient(d_x, x.to(kind), row_rstd)
-                _add_rows(d_bag, tile, d_x)
+                    d_x = normalize_gradient(d_x, x.to(kind), row_rstd)
+                add_rows(d_bag, tile, d_x)
     return d_rows, None if d_bag is None else d_bag.to(bag.dtype), d_bias
 
 
@@ -158,12 +157,11 @@ def read_tile(
             row_rstd = torch.where(excluded, 0.0, row_rstd)
         x = ((x.to(kind) - row_mean[..., None]) * row_rstd[..., None]).to(bag.dtype)
         return x, row_bias, row_rstd
-    wide = x.to(kind)
-    variance = wide.var(-1, unbiased=False)
-    row_rstd = (variance + eps).rsqrt()
+    x, _, row_rstd = torch.native_layer_norm(x.to(kind), x.shape[-1:], None, None, eps)
+    row_rstd = row_rstd[..., 0]
     if excluded is not None:
         row_rstd = torch.where(excluded, 0.0, row_rstd)
-    return layer_norm(wide, wide.shape[-1:], eps=eps).to(bag.dtype), row_bias, row_rstd
+    return x.to(bag.dtype), row_bias, row_rstd
 
 
 def tile_logits(a: Tensor, x: Tensor, row_bias: Tensor | None, scale: float) -> Tensor:
@@ -212,13 +210,13 @@ def _score_gradients(
     return weights, torch.where(excluded, 0.0, d_logits)
 
 
-def _normalize_gradient(d_x_hat: Tensor, x_hat: Tensor, rstd: Tensor) -> Tensor:
+def normalize_gradient(d_x_hat: Tensor, x_hat: Tensor, rstd: Tensor) -> Tensor:
     first = d_x_hat.mean(-1, keepdim=True)
     second = (d_x_hat * x_hat).mean(-1, keepdim=True)
     return rstd[..., None] * (d_x_hat - first - x_hat * second)
 
 
-def _add_rows(target: Tensor, tile: Tile, values: Tensor) -> None:
+def add_rows(target: Tensor, tile: Tile, values: Tensor) -> None:
     """Add [B, n, ...] to the stored rows of a tile, bag by bag in ascending order."""
     if isinstance(tile.rows, slice):
         target[tile.rows] += values[0]

@@ -1,0 +1,238 @@
+"""`pool_weights`: the softmax weights of `pool_bag`, streamed.
+
+Oracle: survfuse/reference/pool_bag.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from survfuse import reference
+from survfuse.ops.backends import BACKENDS
+from survfuse.ops.checks import check_reduce, check_tensor
+from survfuse.ops.pool_bag import check_pooling, check_ranges, unit_stride
+from survfuse.ragged import Ragged
+from survfuse.tiled.pool_weights import pool_weights_backward, pool_weights_forward
+
+
+def pool_weights(
+    rows: Tensor,
+    bag: Tensor,
+    lse: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ragged: Ragged | None = None,
+    scale: float = 1.0,
+    normalize_eps: float | None = None,
+    stats: tuple[Tensor, Tensor] | None = None,
+    reduce: str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""The weights each row gives to each patch, without ever holding more than is returned.
+
+    .. math:: p_{ir} = \exp(\mathrm{scale}\; a_r \cdot x_i + bias_i - lse_r)
+
+    Args:
+        rows, bag, bias, ragged, scale, normalize_eps, stats: those of the `pool_bag` call.
+        lse: [B, R] what that call returned; or [B, Lq, H] with Lq * H = R, row r being query
+            r // H, head r % H.
+        reduce: None; "rows", the mean over all rows; "heads", the mean over H.
+        backend: None, "reference" or "tiled".
+
+    Returns:
+        The weights before dropout, packed per (bag, patch) in batch order: [total, R] (or
+        [total, Lq, H]); [total] for "rows"; [total, Lq] for "heads". fp32 (fp64 for fp64);
+        differentiable in rows, bag, lse and bias.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape or device; it is named.
+
+    Determinism: bitwise.
+    Cost: reads the bag once forward and once backward; 2 N D R and 4 N D R operations.
+    vmap: not supported; batch through `ragged`.
+
+    Example:
+        >>> x = torch.eye(2)
+        >>> rows = torch.zeros(1, 1, 2)
+        >>> pool_weights(rows, x, torch.full((1, 1), 2.0).log(), reduce="rows")
+        tensor([0.5000, 0.5000])
+    """
+    packed, bias, ragged = check_pooling(rows, bag, bias, ragged, stats)
+    check_reduce(reduce)
+    n_bags, n_rows = rows.shape[:2]
+    if lse.dim() == 3:
+        check_tensor("lse", lse, shape=(n_bags, "Lq", "H"), device=bag.device)
+        if lse.shape[1] * lse.shape[2] != n_rows:
+            raise ValueError(
+                f"lse has shape {tuple(lse.shape)}; Lq * H must be the {n_rows} rows of `rows`"
+            )
+    else:
+        check_tensor("lse", lse, shape=(n_bags, n_rows), device=bag.device)
+        if reduce == "heads":
+            raise ValueError(
+                f'reduce="heads" needs lse as [B, Lq, H]; its shape is {tuple(lse.shape)}'
+            )
+    if backend not in (None, "reference", "tiled"):
+        if backend in BACKENDS:
+            raise RuntimeError(f"backend={backend!r} cannot serve this call: only None, "
+                               '"reference" and "tiled" implement pool_weights')  # fmt: skip
+        raise ValueError(f"backend is {backend!r}; it must be None or one of {BACKENDS}")
+    if backend == "reference":
+        return reference.pool_weights(
+            rows,
+            packed,
+            lse,
+            bias=bias,
+            ragged=ragged,
+            scale=scale,
+            normalize_eps=normalize_eps,
+            stats=stats,
+            reduce=reduce,
+        )
+    mean, rstd = (None, None) if stats is None or normalize_eps is None else stats
+    group = {None: 1, "rows": n_rows, "heads": lse.shape[-1]}[reduce]
+    weights = _forward(
+        rows,
+        packed,
+        lse.reshape(n_bags, n_rows),
+        bias,
+        ragged.starts,
+        ragged.lengths,
+        ragged.total,
+        ragged.max_length,
+        scale,
+        normalize_eps is not None,
+        0.0 if normalize_eps is None else normalize_eps,
+        mean,
+        rstd,
+        group,
+    )
+    if reduce == "rows":
+        return weights.reshape(ragged.total)
+    return weights.reshape(ragged.total, *lse.shape[1 : 3 if reduce is None else 2])
+
+
+_SIZES = "Tensor starts, Tensor lengths, SymInt total, SymInt max_length"
+_OPTIONS = "float scale, bool normalize, float eps, Tensor? mean, Tensor? rstd, SymInt group"
+
+
+@torch.library.custom_op(
+    "survfuse::pool_weights",
+    mutates_args=(),
+    schema=f"(Tensor rows, Tensor bag, Tensor lse, Tensor? bias, {_SIZES}, {_OPTIONS}) -> Tensor",
+)
+def _forward(
+    rows, bag, lse, bias, starts, lengths, total, max_length, scale, normalize, eps, mean, rstd,
+    group,
+):  # fmt: skip
+    check_ranges(bag, starts, lengths, total, max_length)
+    return pool_weights_forward(
+        rows,
+        unit_stride(bag),
+        lse,
+        bias,
+        starts,
+        lengths,
+        total,
+        max_length,
+        scale=scale,
+        normalize=normalize,
+        eps=eps,
+        mean=mean,
+        rstd=rstd,
+        group=group,
+    )
+
+
+@_forward.register_fake
+def _(rows, bag, lse, bias, starts, lengths, total, *rest):
+    kind = torch.float64 if bag.dtype == torch.float64 else torch.float32
+    return bag.new_empty((total, rows.shape[1] // rest[-1]), dtype=kind)
+
+
+@torch.library.custom_op(
+    "survfuse::pool_weights_backward",
+    mutates_args=(),
+    schema="(Tensor d_weights, Tensor rows, Tensor bag, Tensor lse, Tensor? bias, "
+    f"{_SIZES}, {_OPTIONS}, bool needs_rows, bool needs_bag, bool needs_lse, bool needs_bias) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _backward(
+    d_weights, rows, bag, lse, bias, starts, lengths, total, max_length, scale, normalize, eps,
+    mean, rstd, group, needs_rows, needs_bag, needs_lse, needs_bias,
+):  # fmt: skip
+    gradients = pool_weights_backward(
+        d_weights,
+        rows,
+        unit_stride(bag),
+        lse,
+        bias,
+        starts,
+        lengths,
+        total,
+        max_length,
+        scale=scale,
+        normalize=normalize,
+        eps=eps,
+        mean=mean,
+        rstd=rstd,
+        group=group,
+        needs_rows=needs_rows,
+        needs_bag=needs_bag,
+        needs_lse=needs_lse,
+        needs_bias=needs_bias,
+    )
+    types = (rows.dtype, bag.dtype, lse.dtype, bag.dtype if bias is None else bias.dtype)
+    return tuple(
+        bag.new_empty(0, dtype=kind) if gradient is None else gradient.to(kind)
+        for gradient, kind in zip(gradients, types, strict=True)
+    )
+
+
+@_backward.register_fake
+def _(d_weights, rows, bag, lse, bias, *rest):
+    needs = rest[-4:]
+    bias_like = bag.new_empty(bag.shape[:1], dtype=bag.dtype if bias is None else bias.dtype)
+    return tuple(
+        like.new_empty(like.shape if need else (0,))
+        for like, need in zip((rows, bag, lse, bias_like), needs, strict=True)
+    )
+
+
+def _save(ctx, inputs, output):
+    (rows, bag, lse, bias, starts, lengths, *sizes) = inputs
+    total, max_length, scale, normalize, eps, mean, rstd, group = sizes
+    ctx.save_for_backward(rows, bag, lse, bias, starts, lengths, mean, rstd)
+    ctx.options = (total, max_length, scale, normalize, eps, group)
+
+
+def _differentiate(ctx, d_weights):
+    *tensors, mean, rstd = ctx.saved_tensors
+    total, max_length, scale, normalize, eps, group = ctx.options
+    needs = ctx.needs_input_grad[:4]
+    gradients = _backward(
+        d_weights, *tensors, total, max_length, scale, normalize, eps, mean, rstd, group, *needs
+    )
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 10
+
+
+def _no_double_backward(ctx, *gradients):
+    raise RuntimeError(
+        'pool_weights has no double backward on this backend; backend="reference" has one'
+    )
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+_backward.register_autograd(_no_double_backward)
+
+
+@register_flop_formula(torch.ops.survfuse.pool_weights)
+def _forward_flops(rows_shape, bag_shape, lse, bias, starts, lengths, total, *rest, **_) -> int:
+    return 2 * total * rows_shape[1] * rows_shape[2]
+
+
+@register_flop_formula(torch.ops.survfuse.pool_weights_backward)
+def _backward_flops(dw, rows_shape, bag_shape, lse, bias, starts, lengths, total, *rest, **_):
+    return 4 * total * rows_shape[1] * rows_shape[2]
