@@ -87,7 +87,7 @@ def read_cohort(
         covariates=_covariates(about),
         modalities=_tables(table, np.flatnonzero(keep), tables, types, signatures),
         name=name or _cohort_name(omics),
-        notes=notes,
+        notes=(*table.notes, *notes),
     )
     if bags is None:
         return cohort

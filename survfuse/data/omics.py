@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -46,6 +46,7 @@ class OmicsTable:
             the file carries none. `censorship` is still 1 = censored here.
         types: column names of each omic type that the table has, in the order of the file.
         source: the file, for error messages.
+        notes: what reading changed, for reports.
 
     A table without expression (TCGA-UCEC) has no entry "rnaseq": asking for it is an error.
     """
@@ -54,6 +55,7 @@ class OmicsTable:
     metadata: pd.DataFrame
     types: dict[str, tuple[str, ...]]
     source: str = ""
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def from_tcga(cls, path: str | os.PathLike[str]) -> OmicsTable:
@@ -91,6 +93,7 @@ class OmicsTable:
         rna: str | os.PathLike[str],
         *,
         metadata: str | os.PathLike[str] | None = None,
+        repeated: Literal["mean", "first", "error"] = "mean",
     ) -> OmicsTable:
         """Read SurvPath's `rna_clean.csv`: one row per case, log2 expression, plain gene names.
 
@@ -98,18 +101,21 @@ class OmicsTable:
             rna: `raw_rna_data/<source>/<cohort>/rna_clean.csv`.
             metadata: `metadata/tcga_<cohort>.csv`, one row per slide; its cases that have
                 expression are kept, in its order, one row each.
+            repeated: what to do with a case of several samples (three in TCGA-COADREAD): take
+                their mean or the first, and note it, or raise.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: a case or a gene occurs twice, a value is not a number, slides of a case
-                disagree, or no case is in both files.
+            ValueError: a case occurs twice (and `repeated` is "error"), a value is not a number,
+                slides of a case disagree, or no case is in both files.
         """
+        if repeated not in ("mean", "first", "error"):
+            raise ValueError(f"repeated is {repeated!r}; it must be 'mean', 'first' or 'error'")
         pd = require("pandas", extra="train")
         path = _existing(rna)
         frame = pd.read_csv(path, index_col=0, low_memory=False)
         frame.index = pd.Index(frame.index.astype(str), name="unit_id")
-        _check_unique(frame.index, f"{path}: case")
-        values = _numbers(frame, path)
+        values, notes = _one_sample_per_case(_numbers(frame, path), path, repeated)
         if metadata is None:
             about = pd.DataFrame({"case_id": values.index}, index=values.index)
             about["site"] = site_codes(about["case_id"], None)
@@ -119,7 +125,7 @@ class OmicsTable:
             if about.empty:
                 raise ValueError(f"{path} and {metadata} have no case in common")
             values = values.loc[about.index]
-        return cls(values, about, {"rnaseq": tuple(values.columns)}, str(path))
+        return cls(values, about, {"rnaseq": tuple(values.columns)}, str(path), notes)
 
     def __len__(self) -> int:
         return len(self.values)
@@ -286,6 +292,21 @@ def _existing(path: str | os.PathLike[str]) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"file {path} does not exist")
     return path
+
+
+def _one_sample_per_case(
+    values: pd.DataFrame, path: Path, repeated: str
+) -> tuple[pd.DataFrame, tuple[str, ...]]:
+    several = values.index[values.index.duplicated()].unique()
+    if not len(several):
+        return values, ()
+    if repeated == "error":
+        _check_unique(values.index, f"{path}: case")
+    groups = values.groupby(level=0, sort=False)
+    values = groups.mean() if repeated == "mean" else groups.nth(0)
+    taken = "their mean" if repeated == "mean" else "the first"
+    note = f"{len(several)} cases have several expression samples, taken is {taken}"
+    return values, (f"{note}: {shorten(list(several), 3)}",)
 
 
 def _check_unique(index: pd.Index, what: str) -> None:

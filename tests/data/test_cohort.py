@@ -14,6 +14,7 @@ from survfuse.data.bags import Bags
 from survfuse.data.cohort import Cohort, PreparedCohort
 from survfuse.data.cohort_files import bags_of_slides, read_cohort
 from survfuse.data.modalities import ArrayModality, BagModality, GraphModality, TableModality
+from survfuse.data.splits import read_splits
 
 N = 12
 GENES = ("A", "B", "C")
@@ -336,6 +337,10 @@ def test_survpath_cohort_with_pathways_and_disease_specific_survival(shared_data
     )
     assert (cohort.name, len(cohort), int(cohort.event.sum())) == ("blca", 359, 113)
     assert len(cohort.modalities["omics"].groups) == 281
+    tested = [
+        fold.rows(cohort.patient_ids).test for fold in read_splits(folder / "splits_tcga_blca")
+    ]
+    assert np.sort(np.concatenate(tested)).tolist() == list(range(359))
     with pytest.raises(ValueError, match=r"rows is 'slides'; SurvPath's expression"):
         read_cohort(rna, metadata=folder / "tcga_blca.csv", rows="slides")
 

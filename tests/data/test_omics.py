@@ -77,6 +77,25 @@ def test_survpath_expression_joins_its_metadata(shared_data):
     assert len(alone) == 360
 
 
+def test_several_samples_of_a_case_are_averaged_and_noted(tmp_path, shared_data):
+    path = write(tmp_path, ",G,H\nTCGA-AA-1,1,5\nTCGA-AA-2,0,0\nTCGA-AA-1,3,6\n", "rna.csv")
+    table = OmicsTable.from_survpath(path)
+    assert table.values.loc["TCGA-AA-1"].tolist() == [2, 5.5]
+    assert table.values.index.tolist() == ["TCGA-AA-1", "TCGA-AA-2"]
+    assert "1 cases have several expression samples" in table.notes[0]
+    first = OmicsTable.from_survpath(path, repeated="first")
+    assert first.values.loc["TCGA-AA-1"].tolist() == [1, 5]
+    with pytest.raises(ValueError, match=r"case 'TCGA-AA-1' occurs twice"):
+        OmicsTable.from_survpath(path, repeated="error")
+    with pytest.raises(ValueError, match=r"repeated is 'median'"):
+        OmicsTable.from_survpath(path, repeated="median")
+    folder = shared_data / "survpath"
+    rna = folder / "raw_rna_data" / "xena" / "coadread" / "rna_clean.csv"
+    real = OmicsTable.from_survpath(rna, metadata=folder / "tcga_coadread.csv")
+    assert "3 cases" in real.notes[0]
+    assert not real.values.index.has_duplicates
+
+
 def test_slide_rows_of_a_patient_become_one_row(tmp_path):
     table = OmicsTable.from_tcga(write(tmp_path, SMALL)).by_patient()
     assert table.values.index.tolist() == ["TCGA-05-0001", "TCGA-AB-0002"]
