@@ -156,6 +156,13 @@ def test_all_bad_files_are_named_and_the_good_ones_kept(tmp_path, folder, counte
     assert torch.equal(BagStore(tmp_path / "out.h5").features, expected(folder))
 
 
+def test_nothing_is_left_where_no_file_is_good(tmp_path):
+    np.save(tmp_path / "a.npy", np.full((2, 8), np.nan, dtype=np.float32))
+    with pytest.raises(BagFileError, match=r"1 of 1 files cannot be packed:\n.*16 features"):
+        pack(tmp_path / "a.npy", tmp_path / "out.h5")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]
+
+
 def test_nonfinite_features_can_be_kept(tmp_path):
     np.save(tmp_path / "a.npy", np.array([[1.0, np.nan]], dtype=np.float32))
     pack(tmp_path, tmp_path / "out.h5", pattern="*.npy", check=False)
@@ -166,15 +173,26 @@ KILLED = """
     import os, signal, sys
     from survfuse.data.packing import pack
     def stop(progress):
-        if progress.stage == "write" and progress.done == int(sys.argv[3]):
+        if progress.stage == "write" and progress.done == 3:
             os.kill(os.getpid(), signal.SIGKILL)
     pack(sys.argv[1], sys.argv[2], progress=stop)
 """
 
 
-def kill_after_three(folder, out, n_done=3):
-    code = [sys.executable, "-c", textwrap.dedent(KILLED), str(folder), str(out), str(n_done)]
+def kill_after_three(folder, out):
+    code = [sys.executable, "-c", textwrap.dedent(KILLED), str(folder), str(out)]
     assert subprocess.run(code, timeout=120).returncode == -signal.SIGKILL
+
+
+def stop_after(folder, out, n_done=3):
+    """As a kill, without the seconds another process takes."""
+
+    def stop(progress):
+        if progress.stage == "write" and progress.done == n_done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(folder, out, progress=stop)
 
 
 def test_killed_and_resumed(tmp_path, folder, counted):
@@ -192,7 +210,8 @@ def test_killed_and_resumed(tmp_path, folder, counted):
 
 def test_a_line_cut_short_by_the_kill_is_ignored(tmp_path, folder, counted):
     out = tmp_path / "out.h5"
-    kill_after_three(folder, out)
+    stop_after(folder, out)
+    counted.clear()
     with (tmp_path / ".out.h5.journal").open("ab") as file:
         file.write(b'["' + str(folder / "slide3.h5").encode()[:20])
     assert pack(folder, out).n_resumed == 3
@@ -201,7 +220,8 @@ def test_a_line_cut_short_by_the_kill_is_ignored(tmp_path, folder, counted):
 
 def test_a_changed_file_is_read_again(tmp_path, folder, counted):
     out = tmp_path / "out.h5"
-    kill_after_three(folder, out)
+    stop_after(folder, out)
+    counted.clear()
     with h5py.File(folder / "slide0.h5", "r+") as file:
         file["features"][:] = 5.0
     os.utime(folder / "slide0.h5", ns=(1, 1))
@@ -212,9 +232,11 @@ def test_a_changed_file_is_read_again(tmp_path, folder, counted):
 
 def test_killed_twice(tmp_path, folder, counted):
     out = tmp_path / "out.h5"
-    kill_after_three(folder, out)
+    stop_after(folder, out)
+    counted.clear()
     os.utime(folder / "slide0.h5", ns=(1, 1))
-    kill_after_three(folder, out, n_done=4)
+    stop_after(folder, out, n_done=4)
+    counted.clear()
     # the second run wrote slides 0 and 3
     assert pack(folder, out).n_resumed == 4
     assert counted == ["slide4.pt"]
@@ -247,7 +269,8 @@ def test_the_partial_file_appears_with_a_whole_header(tmp_path, folder, monkeypa
 @pytest.mark.parametrize("change", ["more files", "type", "resume", "partial", "journal"])
 def test_a_changed_plan_starts_over(tmp_path, folder, counted, change):
     out = tmp_path / "out.h5"
-    kill_after_three(folder, out)
+    stop_after(folder, out)
+    counted.clear()
     arguments = {}
     if change == "more files":
         torch.save(torch.zeros(2, WIDTH), folder / "another.pt")

@@ -103,6 +103,26 @@ def test_encoded_bag_is_in_tridents_layout(tmp_path, cmu):
     np.testing.assert_array_equal(read_bag(again).features.numpy(), bag.features.numpy())
 
 
+@pytest.mark.parametrize("factor", [1, 2, 4])
+def test_patches_come_from_the_nearest_finer_level(tmp_path, tcga, factor):
+    """The slide has levels of 1 and 2; a patch shrunk by 4 is made from the second."""
+    from openslide import OpenSlide
+
+    tiles = tile_slide(tcga, slide_mpp=0.5, target_mpp=0.5 * factor)
+    tiles = tiles._replace(coords=tiles.coords[5:7])
+    encode_slide(tcga, tmp_path / "s.h5", tiles=tiles)
+    with OpenSlide(tcga) as slide:
+        level = min(factor, 2) - 1
+        extent = 256 * factor // (level + 1)
+        regions = [
+            slide.read_region(tuple(corner), level, (extent, extent)).convert("RGB")
+            for corner in tiles.coords.tolist()
+        ]
+    patches = np.stack([np.asarray(region.resize((256, 256), 4)) for region in regions])
+    features = read_bag(tmp_path / "s.h5").features.numpy()
+    np.testing.assert_allclose(features, describe_patches(patches), atol=1e-5)
+
+
 def test_real_slides_go_through_to_a_minibatch(tmp_path, tcga, cmu):
     encode_slide(tcga, tmp_path / "tcga.h5", slide_mpp=0.25, target_mpp=1.0)
     encode_slide(cmu, tmp_path / "cmu.h5", target_mpp=1.0)
