@@ -54,19 +54,21 @@ def encode_inputs(
         raise ValueError(
             "inputs is empty; it must hold at least one modality, with present False where absent"
         )
-    sizes = {}
+    n_samples = next(iter(inputs.values())).present.shape[0]
     for name, batch in inputs.items():
         _check_batch(name, batch, config)
-        sizes[name] = batch.present.shape[0]
-    if len(set(sizes.values())) > 1:
-        raise ValueError(f"inputs have different numbers of samples {sizes}; they must be equal")
+        if batch.present.shape[0] != n_samples:
+            raise ValueError(
+                f"inputs[{name!r}] has {batch.present.shape[0]} samples and "
+                f"inputs[{next(iter(inputs))!r}] has {n_samples}; they must be equal"
+            )
     encoded = {}
     for name, modality in config.modalities.items():
         if name in inputs:
             tokens = _ENCODERS[modality.kind](inputs[name], modality, config)
             if tokens is not None:
                 encoded[name] = tokens
-    return encoded, next(iter(sizes.values()))
+    return encoded, n_samples
 
 
 def _check_batch(name: str, batch: Modality, config: HEALNetConfig) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from survfuse import Ragged
 from survfuse.batch import ArrayBatch, BagBatch, GraphBatch, Modality, TableBatch
@@ -420,10 +421,26 @@ def test_wrong_inputs_are_refused() -> None:
         model({"genes": genes._replace(present=torch.ones(3))})
     with pytest.raises(ValueError, match="has 3 samples and present has 2"):
         model({"genes": genes._replace(present=torch.ones(2) > 0)})
-    with pytest.raises(ValueError, match="different numbers of samples"):
+    with pytest.raises(
+        ValueError, match=r"inputs\['plain'\] has 2 samples and inputs\['genes'\] has 3"
+    ):
         model({"genes": genes, "plain": bag(8, [2, 2])})
     with pytest.raises(ValueError, match="ragged: bag 2 is rows 7 to 11"):
         model({"plain": plain._replace(features=plain.features[:9])})
+
+
+def test_compiles_to_one_graph_for_all_sizes() -> None:
+    """No graph break, and after the second shape neither bag lengths nor batch size recompile."""
+    names = ("genes", "slide", "plain")
+    config = replace(small(depth=1), modalities={name: MODALITIES[name] for name in names})
+    model, counter = HEALNet(config).eval(), CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for lengths in ([6, 2, 4], [7, 3, 9, 2], [30, 11, 8, 5, 3]):
+        present = torch.ones(len(lengths), dtype=torch.bool)
+        inputs = {"slide": bag(12, lengths), "plain": bag(8, lengths)}
+        inputs["genes"] = TableBatch(torch.randn(len(lengths), 7), present)
+        torch.testing.assert_close(compiled(inputs).logits, model(inputs).logits)
+    assert counter.frame_count == 2
 
 
 def test_a_model_without_readout_returns_the_latents() -> None:
