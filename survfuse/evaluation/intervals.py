@@ -286,7 +286,7 @@ def _patient_table(fold: Fold) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     differs = (time != time[first][patient]) | (event != event[first][patient])
     if differs.any():
         raise ValueError(
-            f"patient {names[patient[differs][0]]!r} has rows with different outcomes; all rows of "
+            f"patient '{names[patient[differs][0]]}' has rows with different outcomes; all rows of "
             "a patient must have the same time and event"
         )
     return patient, event[first]

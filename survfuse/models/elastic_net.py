@@ -13,6 +13,12 @@ from survfuse.models.partial_likelihood import PartialLikelihood
 
 _NEWTON_STEPS = 100
 _HISTORY = 6
+# log-risks this far apart mean a coefficient on its way to infinity
+_SEPARATED = 30.0
+_NO_MINIMUM = (
+    "the Cox fit has no finite minimum: columns are collinear, or one separates the events from "
+    "the rest; use strength > 0"
+)
 
 
 def ridge_path(
@@ -92,13 +98,6 @@ def _newton(
             solution[used] = b
             return solution
     raise ValueError(_NO_MINIMUM)
-
-
-_SEPARATED = 30.0
-_NO_MINIMUM = (
-    "the Cox fit has no finite minimum: columns are collinear, or one separates the events from "
-    "the rest; use strength > 0"
-)
 
 
 def largest_strength(
