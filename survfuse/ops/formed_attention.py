@@ -33,10 +33,11 @@ def formed_attention(
     n_bags = query.shape[0]
     if n_bags == 0 or ragged.max_length == 0:
         kind = torch.float64 if bag.dtype == torch.float64 else torch.float32
-        out = query.new_zeros((*query.shape[:3], w_v.shape[1]))
         # zero, and yet a function of every argument, so that each has its zero gradient
-        out = out + 0.0 * sum(t.sum() for t in (query, w_k, w_v) if t.numel())
-        return out, query.new_full(query.shape[:3], -torch.inf, dtype=kind)
+        arguments = (query, bag, w_k, w_v, b_k, b_v, bias, *(norm or ())[:2])
+        zero = sum(t.flatten()[:0].sum().to(kind) for t in arguments if t is not None)
+        out = query.new_zeros((*query.shape[:3], w_v.shape[1])) + zero.to(query.dtype)
+        return out, query.new_full(query.shape[:3], -torch.inf, dtype=kind) + zero
     if ragged.total == n_bags * ragged.max_length or bag.device.type != "cpu":
         index = torch.arange(ragged.max_length, device=bag.device)
         valid = index < ragged.lengths[:, None]

@@ -5,6 +5,7 @@ Oracle: survfuse/reference/pool_bag.py.  Math: docs/math.md, "Pooling".
 
 from __future__ import annotations
 
+import functools
 import importlib
 
 import torch
@@ -140,6 +141,17 @@ def check_ranges(bag: Tensor, starts: Tensor, lengths: Tensor, total: int, max_l
         Ragged(starts, lengths, total, max_length).check(bag.shape[0])
 
 
+def without_autocast(function):
+    """Autocast would round the fp32 products inside an implementation to 16 bits."""
+
+    @functools.wraps(function)
+    def wrapped(*arguments):
+        with torch.autocast(arguments[0].device.type, enabled=False):
+            return function(*arguments)
+
+    return wrapped
+
+
 _SIZES = "Tensor starts, Tensor lengths, SymInt total, SymInt max_length"
 _OPTIONS = (
     "float scale, bool normalize, float eps, Tensor? mean, Tensor? rstd, "
@@ -158,6 +170,7 @@ def _implementation(backend: str, bag: Tensor, n_rows: int):
     schema=f"(Tensor rows, Tensor bag, Tensor? bias, {_SIZES}, {_OPTIONS}) "
     "-> (Tensor, Tensor, Tensor)",
 )
+@without_autocast
 def _forward(
     rows,
     bag,
@@ -213,6 +226,7 @@ def _(rows, bag, *rest):
     f"Tensor? bias, {_SIZES}, {_OPTIONS}, Tensor pooled, Tensor lse, Tensor weight_sum, "
     "bool needs_rows, bool needs_bag, bool needs_bias) -> (Tensor, Tensor, Tensor)",
 )
+@without_autocast
 def _backward(
     d_pooled,
     d_lse,

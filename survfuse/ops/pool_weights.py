@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from survfuse import reference
 from survfuse.ops.backends import BACKENDS
 from survfuse.ops.checks import check_reduce, check_tensor
-from survfuse.ops.pool_bag import check_pooling, check_ranges, unit_stride
+from survfuse.ops.pool_bag import check_pooling, check_ranges, unit_stride, without_autocast
 from survfuse.ragged import Ragged
 from survfuse.tiled.pool_weights import pool_weights_backward, pool_weights_forward
 
@@ -123,6 +123,7 @@ _OPTIONS = "float scale, bool normalize, float eps, Tensor? mean, Tensor? rstd, 
     mutates_args=(),
     schema=f"(Tensor rows, Tensor bag, Tensor lse, Tensor? bias, {_SIZES}, {_OPTIONS}) -> Tensor",
 )
+@without_autocast
 def _forward(
     rows, bag, lse, bias, starts, lengths, total, max_length, scale, normalize, eps, mean, rstd,
     group,
@@ -159,6 +160,7 @@ def _(rows, bag, lse, bias, starts, lengths, total, *rest):
     f"{_SIZES}, {_OPTIONS}, bool needs_rows, bool needs_bag, bool needs_lse, bool needs_bias) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
+@without_autocast
 def _backward(
     d_weights, rows, bag, lse, bias, starts, lengths, total, max_length, scale, normalize, eps,
     mean, rstd, group, needs_rows, needs_bag, needs_lse, needs_bias,

@@ -157,11 +157,21 @@ def read_tile(
             row_rstd = torch.where(excluded, 0.0, row_rstd)
         x = ((x.to(kind) - row_mean[..., None]) * row_rstd[..., None]).to(bag.dtype)
         return x, row_bias, row_rstd
-    x, _, row_rstd = torch.native_layer_norm(x.to(kind), x.shape[-1:], None, None, eps)
-    row_rstd = row_rstd[..., 0]
+    x, row_rstd = _normalized(x, eps)
     if excluded is not None:
         row_rstd = torch.where(excluded, 0.0, row_rstd)
-    return x.to(bag.dtype), row_bias, row_rstd
+    return x, row_bias, row_rstd
+
+
+def _normalized(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Layer-normalised rows in the type of `x`, and the factor of each row."""
+    if x.dtype in (torch.bfloat16, torch.float16):
+        out, _, rstd = torch.native_layer_norm(x.float(), x.shape[-1:], None, None, eps)
+        return out.to(x.dtype), rstd[..., 0]
+    # torch's kernel computes x * rstd - mean * rstd, which loses digits where |mean| >> std
+    centered = x - x.mean(-1, keepdim=True)
+    rstd = (centered.square().mean(-1) + eps).rsqrt()
+    return centered * rstd[..., None], rstd
 
 
 def tile_logits(a: Tensor, x: Tensor, row_bias: Tensor | None, scale: float) -> Tensor:

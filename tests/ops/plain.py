@@ -1,0 +1,61 @@
+"""The formulas as anybody would write them in torch, in one type: the yardstick of precision.
+
+Also the baseline of the benchmarks. No dropout: its precision is that of what it multiplies.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm
+
+
+def plain_pool_bag(rows, bag, *, bias, ragged, scale, normalize_eps):
+    """pooled, lse, weight_sum, everything in the type of the bag."""
+    outs = []
+    for b, (start, length) in enumerate(
+        zip(ragged.starts.tolist(), ragged.lengths.tolist(), strict=True)
+    ):
+        x, row_bias = _rows(bag, bias, start, length)
+        if normalize_eps is not None:
+            x = layer_norm(x, x.shape[-1:], eps=normalize_eps)
+        logits = scale * (rows[b].to(x.dtype) @ x.T) + row_bias
+        weights, lse = _softmax(logits)
+        outs.append((weights @ x, lse, weights.sum(-1)))
+    return tuple(torch.stack(part) for part in zip(*outs, strict=True))
+
+
+def plain_attention(
+    query, bag, w_k, w_v, *, b_k, b_v, norm_weight, norm_bias, norm_eps, bias, ragged, scale
+):
+    """out, lse: K and V projected, then attended, everything in the type of the bag."""
+    outs = []
+    kind = bag.dtype
+    for b, (start, length) in enumerate(
+        zip(ragged.starts.tolist(), ragged.lengths.tolist(), strict=True)
+    ):
+        x, row_bias = _rows(bag, bias, start, length)
+        if norm_weight is not None:
+            x = layer_norm(x, x.shape[-1:], norm_weight.to(kind), norm_bias.to(kind), norm_eps)
+        key = torch.einsum("nd,hed->hne", x, w_k.to(kind)) + b_k.to(kind)[:, None]
+        value = torch.einsum("nd,hed->hne", x, w_v.to(kind)) + b_v.to(kind)[:, None]
+        logits = scale * torch.einsum("qhe,hne->qhn", query[b].to(kind), key) + row_bias
+        weights, lse = _softmax(logits)
+        outs.append((torch.einsum("qhn,hne->qhe", weights, value), lse))
+    return tuple(torch.stack(part) for part in zip(*outs, strict=True))
+
+
+def _rows(bag: Tensor, bias: Tensor | None, start: int, length: int) -> tuple[Tensor, Tensor]:
+    x = bag[start : start + length]
+    if bias is None:
+        return x, x.new_zeros(length)
+    row_bias = bias[start : start + length].to(x.dtype)
+    return torch.where((row_bias == -torch.inf)[:, None], 0.0, x), row_bias
+
+
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    empty = (logits == -torch.inf).all(-1, keepdim=True)
+    safe = torch.where(empty, 0.0, logits)
+    lse = safe.logsumexp(-1) if logits.shape[-1] else safe.sum(-1)
+    weights = torch.where(empty, 0.0, safe.softmax(-1))
+    return weights, torch.where(empty[..., 0], -torch.inf, lse)
