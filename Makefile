@@ -1,0 +1,48 @@
+# make demo | make test | make gpu. Each sets up what it needs; PYTHON chooses the interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN = $(VENV)/bin
+
+.PHONY: setup demo test lint docs compile bench gpu clean
+
+setup: $(VENV)/.ready
+
+# torch first and by version: a bare "torch" may bring gigabytes of CUDA to a machine without a GPU
+$(VENV)/.ready: pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "$(TORCH)" numpy
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@
+
+demo: setup
+	$(BIN)/survfuse demo --out runs/demo
+
+test: setup
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q -p no:benchmark
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+docs: setup
+	$(BIN)/python -m benchmarks.render --check
+
+# ahead-of-time compiles of every Triton kernel, without a GPU
+compile: setup
+	env -u TRITON_INTERPRET $(BIN)/python tests/compile_triton.py
+
+bench: setup
+	$(BIN)/python -m pytest benchmarks -q --benchmark-disable-gc
+	$(BIN)/python -m benchmarks.render
+
+# offline, with the torch, triton and nvcc that are installed; SHARD=k/n runs a part of all shapes
+gpu:
+	SURVFUSE_BUILD=cuda $(PYTHON) -m pip install --quiet --no-index --no-build-isolation --no-deps -e .
+	$(PYTHON) -m pytest tests/ops -q -m gpu -p no:cacheprovider
+	$(PYTHON) -m pytest benchmarks -q -p no:cacheprovider --device cuda $(if $(SHARD),,--core)
+	$(PYTHON) -m benchmarks.render
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info survfuse/_native*.so
