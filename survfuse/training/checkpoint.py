@@ -19,6 +19,8 @@ FORMAT = 1
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used; the message says why and what to do."""
 
+    exit_code = 2
+
 
 @dataclass
 class EarlyStopping:
@@ -114,8 +116,14 @@ class Progress:
 
 def save_checkpoint(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
     """Write tensors and plain values so that a reader sees the old file or the whole new one."""
-    with atomic_path(path) as temporary:
-        torch.save({"format": FORMAT, **content}, temporary)
+    save_tensors(path, {"format": FORMAT, **content})
+
+
+def save_tensors(path: str | os.PathLike[str], content: Any) -> None:
+    """`torch.save`, atomically; the same content gives the same bytes."""
+    with atomic_path(path) as temporary, temporary.open("wb") as stream:
+        # given a path, torch would write the temporary file's random name into the archive
+        torch.save(content, stream)
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:

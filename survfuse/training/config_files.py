@@ -141,7 +141,9 @@ def _unknown_keys(kind: type, values: Any, prefix: str) -> list[str]:
 
 def _describe(item: dict[str, Any], prefix: str) -> str:
     if item["type"] == "value_error":
-        return str(item["ctx"]["error"])
+        # a dataclass checked itself; only the outermost one names its fields in full
+        where = ".".join([prefix, *(str(part) for part in item["loc"])]) if prefix else ""
+        return f"{where}: {item['ctx']['error']}" if where else str(item["ctx"]["error"])
     path = ".".join([*([prefix] if prefix else []), *(str(part) for part in item["loc"])])
     value = item.get("input")
     if item["type"] == "literal_error":

@@ -61,15 +61,27 @@ def fit_cox(
     }
 
 
-def _make(settings: dict[str, Any], seed: int) -> CoxRegression:
-    from survfuse.models.cox import CoxRegression
+def check_settings(settings: dict[str, Any]) -> None:
+    """Raise unless `settings` are arguments of a Cox regression.
 
+    Raises:
+        ConfigError: names the first that is not, or what its value must be.
+    """
     known = ("strength", "l1_ratio", "ties", "n_strengths", "n_folds", "max_iterations")
     for name in settings:
         if name not in known:
             raise ConfigError(
                 f"model.settings.{name} is not a setting; valid names here: {', '.join(known)}"
             )
+    try:
+        _make(settings, seed=0)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model.settings: {error}") from None
+
+
+def _make(settings: dict[str, Any], seed: int) -> CoxRegression:
+    from survfuse.models.cox import CoxRegression
+
     return CoxRegression(seed=seed, **settings)
 
 

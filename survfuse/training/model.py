@@ -9,6 +9,7 @@ import torch
 
 from survfuse.training.config import TrainConfig
 from survfuse.training.config_files import ConfigError, from_plain
+from survfuse.training.linear import check_settings
 
 if TYPE_CHECKING:
     from survfuse.data.cohort import PreparedCohort
@@ -38,6 +39,18 @@ def build_model(config: TrainConfig, prepared: PreparedCohort) -> torch.nn.Modul
         raise
     except ValueError as error:
         raise ConfigError(f"model: {error}") from None
+
+
+def check_model(config: TrainConfig, prepared: PreparedCohort) -> None:
+    """Raise if the model that a configuration names cannot be built.
+
+    Raises:
+        ConfigError: a setting of the model is wrong.
+    """
+    if config.model.name in NEURAL:
+        build_model(config, prepared)
+    else:
+        check_settings(config.model.settings)
 
 
 def _healnet(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +107,11 @@ def oracle_score(concordance: float, oracle: float) -> float:
 
 def _figures(folder: RunFolder, predictions: Predictions, reports: list[Report]) -> None:
     folder.figures.mkdir(exist_ok=True)
-    write_concordance_figure(reports, folder.figures)
+    # a long title beside the axes would leave no room for them
+    labelled = [
+        dataclasses.replace(report, model=textwrap.fill(report.model, 28)) for report in reports
+    ]
+    write_concordance_figure(labelled, folder.figures)
     try:
         write_kaplan_meier(predictions, folder.figures)
     except ValueError as error:

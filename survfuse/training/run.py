@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +21,8 @@ from survfuse.evaluation.report import Report
 from survfuse.training.config import ModelConfig, TrainConfig
 from survfuse.training.config_files import ConfigError, dump_config, load_config
 from survfuse.training.device import bags_to_device, pick_device
-from survfuse.training.folds import plan_folds
-from survfuse.training.model import NEURAL
+from survfuse.training.folds import FoldPlan, plan_folds
+from survfuse.training.model import NEURAL, check_model
 from survfuse.training.predictions import make_predictions
 from survfuse.training.report import oracle_concordance, write_reports
 from survfuse.training.run_folder import (
@@ -32,7 +34,7 @@ from survfuse.training.run_folder import (
     write_json,
     write_metrics_table,
 )
-from survfuse.training.run_folds import Progress, run_folds
+from survfuse.training.run_folds import Progress, prepare, run_folds
 from survfuse.training.sources import LoadedCohort, load_cohort
 
 if TYPE_CHECKING:
@@ -100,13 +102,14 @@ def fit(
         raise RunFolderError(
             f"{folder.path} holds a run already; resume it or choose another folder"
         )
-    with folder.lock():
-        if cohort is None:
-            loaded = load_cohort(config)
-        else:
-            chosen = cohort.only(config.data.modalities) if config.data.modalities else cohort
-            loaded = LoadedCohort(chosen, split, None)
-        return _run(config, folder, loaded, progress or _silent)
+    if resume and (difference := _first_difference(config, load_config(folder.config))):
+        raise RunFolderError(f"{folder.path} was begun with another configuration: {difference}")
+    if cohort is None:
+        loaded = load_cohort(config)
+    else:
+        chosen = cohort.only(config.data.modalities) if config.data.modalities else cohort
+        loaded = LoadedCohort(chosen, split, None)
+    return _run(config, folder, loaded, progress or _silent)
 
 
 def resume(
@@ -188,16 +191,32 @@ def _run(
 ) -> RunResult:
     device = pick_device(config.training.device)
     plans = plan_folds(config, loaded.cohort, loaded.split)
-    # a wrong baseline name must not wait for the end of the training
+    # a wrong name or setting must neither wait for the end of the training nor leave a folder
     inner = {
         name: baseline_config(config, name, list(loaded.cohort.modalities))
         for name in config.evaluation.baselines
     }
-    _check_or_write_head(folder, config, loaded.cohort, device)
+    check_model(config, prepare(config, loaded.cohort, plans[0].split))
+    with folder.lock():
+        folder.remove_leftovers()
+        return _locked_run(config, folder, loaded, plans, inner, device, progress)
+
+
+def _locked_run(
+    config: TrainConfig,
+    folder: RunFolder,
+    loaded: LoadedCohort,
+    plans: list[FoldPlan],
+    inner: dict[str, TrainConfig],
+    device: torch.device,
+    progress: Progress,
+) -> RunResult:
+    environment = _check_or_write_head(folder, config, loaded.cohort, device)
     cohort = loaded.cohort
     if config.model.name in NEURAL:
         cohort = bags_to_device(cohort, device)
-    run_folds(config, folder, cohort, plans, device, progress)
+    with _threads(environment["threads"]):
+        run_folds(config, folder, cohort, plans, device, progress)
     folds = [Predictions.load(folder.fold(plan.seed, plan.fold).path).folds[0] for plan in plans]
     predictions = make_predictions(config, folds)
     predictions.save(folder.path)
@@ -210,8 +229,7 @@ def _run(
         reduced = loaded
         if name.startswith("only:"):
             reduced = loaded._replace(cohort=loaded.cohort.only(baseline.data.modalities))
-        with folder.baseline(name).lock():
-            baselines[name] = _run(baseline, folder.baseline(name), reduced, progress)
+        baselines[name] = _run(baseline, folder.baseline(name), reduced, progress)
     oracles = None
     if loaded.oracle is not None:
         oracles = oracle_concordance(loaded.cohort, plans, loaded.oracle)
@@ -231,21 +249,46 @@ def _run(
 
 def _check_or_write_head(
     folder: RunFolder, config: TrainConfig, cohort: Cohort, device: torch.device
-) -> None:
+) -> dict[str, Any]:
     """Write what identifies the run, or make sure that it is still the same run."""
     found = fingerprint(cohort)
     if folder.exists:
-        if read_json(folder.environment)["cohort"]["fingerprint"] != found:
+        environment = read_json(folder.environment)
+        if environment["cohort"]["fingerprint"] != found:
             raise RunFolderError(
                 f"the data of the run in {folder.path} changed since it began; train into a new "
                 "folder"
             )
-        return
+        return environment
     environment = describe_environment(str(device))
     environment["cohort"] = {**cohort.summary(), "fingerprint": found}
     write_json(folder.environment, environment)
     # last: a folder with a configuration is a run
     dump_config(config, folder.config)
+    return environment
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """Compute with as many threads as the run began with: sums depend on how they are split."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _first_difference(new: TrainConfig, old: TrainConfig) -> str:
+    """The first setting in which two configurations differ, "" for none."""
+    for section, values in new.to_dict().items():
+        before = old.to_dict()[section]
+        if values != before and isinstance(values, dict):
+            key = next(key for key in values if values[key] != before[key])
+            return f"{section}.{key} is {values[key]!r}, it was {before[key]!r}"
+        if values != before:
+            return f"{section} is {values!r}, it was {before!r}"
+    return ""
 
 
 def _silent(event: dict[str, Any]) -> None:

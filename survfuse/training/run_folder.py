@@ -29,6 +29,8 @@ from survfuse.data.atomic import atomic_path
 class RunFolderError(RuntimeError):
     """A run folder that cannot be used as asked; the message says what to do."""
 
+    exit_code = 2
+
 
 class FoldFolder:
     """Files of one seed and fold."""
@@ -84,7 +86,13 @@ class RunFolder:
 
     @property
     def exists(self) -> bool:
+        """Whether a run was begun here."""
         return self.config.is_file()
+
+    def remove_leftovers(self) -> None:
+        """Delete the half-written temporary files a killed process left behind."""
+        for leftover in self.path.rglob(".*.partial"):
+            leftover.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

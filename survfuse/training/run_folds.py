@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from survfuse.data.atomic import atomic_path
 from survfuse.data.splits import Split
 from survfuse.evaluation.predictions import FoldPredictions
-from survfuse.training.checkpoint import load_checkpoint
+from survfuse.training.checkpoint import load_checkpoint, save_tensors
 from survfuse.training.config import TrainConfig
 from survfuse.training.folds import FoldPlan
 from survfuse.training.linear import fit_cox
@@ -53,6 +52,8 @@ def run_folds(
         files = folder.fold(plan.seed, plan.fold)
         record = files.done
         if record is not None:
+            # killed after the fold was marked as done, before its checkpoint was gone
+            files.checkpoint.unlink(missing_ok=True)
             kept = max(kept, record["metrics_bytes"])
             continue
         files.create()
@@ -117,8 +118,7 @@ def _run_fold(
             )
             details = dataclasses.asdict(train_fold(task))
             kept = log.n_bytes
-        with atomic_path(files.weights) as temporary:
-            torch.save(model.state_dict(), temporary)
+        save_tensors(files.weights, model.state_dict())
         tables = [
             score_rows(model, config, prepared, np.asarray(rows), device)
             for rows in (plan.split.test, plan.split.train)

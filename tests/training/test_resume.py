@@ -1,0 +1,121 @@
+"""A killed run that is resumed ends bit-identical to one that nobody disturbed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from training_cases import given_split, small_cohort, small_config
+
+from survfuse.training import fit, resume
+from survfuse.training.config import TrainConfig
+from survfuse.training.config_files import dump_config
+
+HERE = Path(__file__).parent
+# trains until the n-th flush of a file to disk, then is gone without a word: flushes happen in
+# the middle of writing checkpoints, metrics, weights, tables and reports
+CHILD = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+from training_cases import given_split, small_cohort
+from survfuse.training import fit
+from survfuse.training.config_files import load_config
+left = int(sys.argv[4])
+flush = os.fsync
+def killing(handle):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    flush(handle)
+os.fsync = killing
+fit(load_config(sys.argv[2]), sys.argv[3], cohort=small_cohort(missing=True), split=given_split())
+print("finished", left)
+"""
+
+
+def config() -> TrainConfig:
+    return small_config(
+        protocol={"split": "patients", "n_folds": 2, "inner_fraction": 0.3, "min_inner_events": 1}
+        | {"validation": "inner"},
+        schedule={"name": "cosine", "warmup_steps": 2},
+        training={"epochs": 3, "checkpoint_steps": 2, "patience": 2, "batch_size": 4}
+        | {"accumulate": 2},
+        evaluation={"baselines": ["mean_pool"]},
+    )
+
+
+def finished(folder: Path) -> dict[str, bytes]:
+    """Every file of a run by name, but for locks and what tells of the machine."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name not in (".lock", "environment.json"):
+            found[str(path.relative_to(folder))] = path.read_bytes()
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    import torch
+
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("undisturbed")
+    fit(config(), folder / "run", cohort=small_cohort(missing=True), split=given_split())
+    return finished(folder / "run")
+
+
+def start(folder: Path, flushes: int) -> subprocess.CompletedProcess[str]:
+    dump_config(config(), folder / "config.yaml")
+    arguments = (HERE, folder / "config.yaml", folder / "run", flushes)
+    return subprocess.run(
+        [sys.executable, "-c", CHILD, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+# head of the run, a checkpoint in mid-epoch, between a fold's last mark and the end of its
+# checkpoint, the baseline, its end
+@pytest.mark.parametrize("flushes", [3, 9, 29, 67, 118])
+def test_killed_and_resumed_is_bit_identical(
+    tmp_path: Path, undisturbed: dict[str, bytes], flushes: int
+) -> None:
+    killed = start(tmp_path, flushes)
+    assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
+    run = tmp_path / "run"
+    if (run / "config.yaml").exists():
+        resume(run, cohort=small_cohort(missing=True), split=given_split())
+    else:
+        # killed before there was a run: it is simply begun again in the same folder
+        fit(config(), run, cohort=small_cohort(missing=True), split=given_split())
+    found = finished(run)
+    assert sorted(found) == sorted(undisturbed)
+    different = [name for name in found if found[name] != undisturbed[name]]
+    assert not different
+
+
+def test_killed_twice_in_one_fold(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+    assert start(tmp_path, 12).returncode == -signal.SIGKILL
+    run = tmp_path / "run"
+    partial = (run / "metrics.jsonl").read_bytes()
+
+    def interrupt(event: dict) -> None:
+        if event["kind"] == "epoch" and event["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        resume(run, cohort=small_cohort(missing=True), split=given_split(), progress=interrupt)
+    assert len((run / "metrics.jsonl").read_bytes()) > len(partial)
+    resume(run, cohort=small_cohort(missing=True), split=given_split())
+    assert finished(run) == undisturbed
+    epochs = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    keys = [(record["seed"], record["fold"], record["epoch"]) for record in epochs]
+    assert keys == sorted(set(keys))
