@@ -39,7 +39,7 @@ def tables() -> str:
 def _table(op: str, rows: list[dict[str, str]]) -> str:
     lines = [
         f"### {op}\n",
-        "| shape | type | mode | way | p20 / p50 / p80 ms | against baseline | bandwidth | extra MB |",
+        "| shape | type | mode | way | p20 / p50 / p80 ms | speedup | bandwidth | extra MB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=_order):

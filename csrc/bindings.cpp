@@ -77,7 +77,8 @@ py::dict build_info() {
   info["cpu_isas"] = isas;
   py::list archs;
 #if SURVFUSE_WITH_CUDA
-  for (const char* arch : {"sm_80", "sm_90a", "sm_100", "sm_120", "compute_120"}) archs.append(arch);
+  for (const char* arch : {"sm_80", "sm_90a", "sm_100", "sm_120", "compute_120"})
+    archs.append(arch);
 #endif
   info["cuda_archs"] = archs;
   return info;

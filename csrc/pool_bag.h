@@ -48,8 +48,8 @@ struct PoolBagBackward {
   void* d_bag;               // [T, D]    out  contiguous; null: not wanted
   void* d_bias;              // [T]       out  acc; null: not wanted
   ElementType d_bag_type;    // that of the bag, or acc
-  int overlapping;  // bags share rows: d_bag and d_bias are zeroed by the caller and added to, bag by
-                    // bag in ascending order; else each row is written once
+  int overlapping;  // bags share rows: d_bag and d_bias are zeroed by the caller and added to, bag
+                    // by bag in ascending order; else each row is written once
 };
 
 // Bytes of workspace either direction needs, for a batch of `total` rows in all.

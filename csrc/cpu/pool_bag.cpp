@@ -16,7 +16,7 @@ namespace survfuse {
 namespace {
 
 constexpr int64_t kPartialBytes = 12 << 20;  // partial results of split bags, all together
-constexpr int64_t kMinChunk = 256, kMaxChunks = 128, kChunkStep = 64;
+constexpr int64_t kMinChunk = 512, kMaxChunks = 128, kChunkStep = 64;
 
 int64_t acc_size(ElementType bag_type) { return bag_type == ElementType::kFloat64 ? 8 : 4; }
 
@@ -46,7 +46,8 @@ Plan make_plan(const PoolBagParams& in) {
   Plan plan;
   for (int64_t b = 0; b < in.n_bags; ++b) {
     plan.first_item.push_back(plan.items.size());
-    const int64_t length = in.lengths[b], n_items = std::max<int64_t>(1, (length + chunk - 1) / chunk);
+    const int64_t length = in.lengths[b],
+                  n_items = std::max<int64_t>(1, (length + chunk - 1) / chunk);
     for (int64_t i = 0; i < n_items; ++i) {
       const int64_t position = i * chunk;
       plan.items.push_back({b, in.starts[b] + position, position,
@@ -65,7 +66,8 @@ PoolBagEngine choose_engine(const PoolBagParams& in) {
 #if SURVFUSE_X86
   if (isa == CpuIsa::kAvx512Bf16 && in.bag_type == ElementType::kBFloat16)
     return pool_bag_engine_avx512bf16();
-  if (isa == CpuIsa::kAvx512 || isa == CpuIsa::kAvx512Bf16) return pool_bag_engine_avx512(is_double);
+  if (isa == CpuIsa::kAvx512 || isa == CpuIsa::kAvx512Bf16)
+    return pool_bag_engine_avx512(is_double);
   if (isa == CpuIsa::kAvx2) return pool_bag_engine_avx2(is_double);
 #endif
   return pool_bag_engine_plain(is_double);
@@ -165,8 +167,8 @@ void run_forward(const PoolBagForward& p, const Plan& plan) {
   };
   parallel_for(plan.items.size(), in.n_threads, [&](int64_t i, int thread) {
     const WorkItem& item = plan.items[i];
-    Partial<Acc> out = slot_at<Acc>(in, item.slot < 0 ? single(item.bag) : slots,
-                                    item.slot < 0 ? 0 : item.slot);
+    Partial<Acc> out =
+        slot_at<Acc>(in, item.slot < 0 ? single(item.bag) : slots, item.slot < 0 ? 0 : item.slot);
     if (item.slot < 0) out.z = static_cast<Acc*>(p.pooled) + item.bag * in.n_rows * in.dim;
     engine.forward(p, item, base + thread * scratch, out.z, out.max, out.sum, out.weight_sum);
   });

@@ -9,16 +9,15 @@ namespace {
 template <class P, class Acc>
 PoolBagEngine make_engine() {
   using Kernel = PoolBagKernel<P, Acc>;
-  return {
-      &Kernel::scratch_bytes,
-      [](const PoolBagForward& p, const WorkItem& item, char* scratch, void* z, void* max,
-         void* sum, void* weight_sum) {
-        Kernel::forward(p, item, scratch, static_cast<Acc*>(z), static_cast<Acc*>(max),
-                        static_cast<Acc*>(sum), static_cast<Acc*>(weight_sum));
-      },
-      [](const PoolBagBackward& p, const WorkItem& item, char* scratch, void* d_rows) {
-        Kernel::backward(p, item, scratch, static_cast<Acc*>(d_rows));
-      }};
+  return {&Kernel::scratch_bytes,
+          [](const PoolBagForward& p, const WorkItem& item, char* scratch, void* z, void* max,
+             void* sum, void* weight_sum) {
+            Kernel::forward(p, item, scratch, static_cast<Acc*>(z), static_cast<Acc*>(max),
+                            static_cast<Acc*>(sum), static_cast<Acc*>(weight_sum));
+          },
+          [](const PoolBagBackward& p, const WorkItem& item, char* scratch, void* d_rows) {
+            Kernel::backward(p, item, scratch, static_cast<Acc*>(d_rows));
+          }};
 }
 
 }  // namespace

@@ -69,7 +69,8 @@ struct PoolBagKernel {
   static void exp_row(const Acc* scores, Acc shift, int64_t n, Acc* out) {
     const Vec<Acc> shifts = splat(shift);
     int64_t i = 0;
-    for (; i + kLanes<Acc> <= n; i += kLanes<Acc>) store(out + i, vector_exp(load(scores + i) - shifts));
+    for (; i + kLanes<Acc> <= n; i += kLanes<Acc>)
+      store(out + i, vector_exp(load(scores + i) - shifts));
     if (i < n) {
       Acc tail[kLanes<Acc>] = {};
       std::memcpy(tail, scores + i, (n - i) * sizeof(Acc));
@@ -83,9 +84,8 @@ struct PoolBagKernel {
     const uint32_t threshold = keep_threshold(in.dropout_p);
     const Acc factor = static_cast<Acc>(1.0 / (1.0 - in.dropout_p));
     for (int64_t i = 0; i < n; ++i) {
-      const uint32_t word =
-          philox_word(in.seed, static_cast<uint32_t>(position + i), static_cast<uint32_t>(r),
-                      static_cast<uint32_t>(bag));
+      const uint32_t word = philox_word(in.seed, static_cast<uint32_t>(position + i),
+                                        static_cast<uint32_t>(r), static_cast<uint32_t>(bag));
       values[i] = word >= threshold ? values[i] * factor : 0;
     }
   }
@@ -116,7 +116,7 @@ struct PoolBagKernel {
       const Element* x;
       int64_t ldx;
       reader.read(row, n, s.tile, s.line, nullptr, &x, &ldx);
-      dots<P>(s.rows, dim, n_rows, x, ldx, n, dim, s.scores, lds);
+      dots<P>(s.rows, dim, n_rows, x, ldx, n, dim, s.scores, lds, x != s.tile);
       for (int64_t r = 0; r < n_rows; ++r) {
         Acc* scores = s.scores + r * lds;
         finish_logits(in, row, n, scores);
@@ -125,7 +125,8 @@ struct PoolBagKernel {
         for (int64_t i = 0; i < n; ++i) weights[i] = P::weight(scores[i]);
         for (int64_t i = n; i < round_up(n, P::kPairs); ++i) weights[i] = 0;
       }
-      accumulate<P>(s.weights, lds, n_rows, x, ldx, round_up(n, P::kPairs), dim, s.z, dim);
+      accumulate<P>(s.weights, lds, n_rows, x, ldx, round_up(n, P::kPairs), dim, s.z, dim,
+                    reader.ahead(row + n, item.length - done - n));
     }
     for (int64_t r = 0; r < n_rows; ++r) {
       std::memcpy(z_out + r * in.dim, s.z + r * dim, in.dim * sizeof(Acc));
@@ -184,13 +185,14 @@ struct PoolBagKernel {
       const Element* x;
       int64_t ldx;
       reader.read(row, n, s.tile, s.line, s.rstd, &x, &ldx);
-      dots<P>(s.rows, dim, n_rows, x, ldx, n, dim, s.scores, lds);
+      dots<P>(s.rows, dim, n_rows, x, ldx, n, dim, s.scores, lds, x != s.tile);
       dots<P>(d_pooled, dim, n_rows, x, ldx, n, dim, s.grads, lds);
       for (int64_t r = 0; r < n_rows; ++r) score_gradient(p, item.bag, r, row, position, n, lds, s);
       if (p.d_bias) add_bias_gradient(p, row, n, lds, s);
       if (p.d_rows) {
         scale_weights(in, n, lds, s.grads, s.weights);
-        accumulate<P>(s.weights, lds, n_rows, x, ldx, round_up(n, P::kPairs), dim, s.z, dim);
+        accumulate<P>(s.weights, lds, n_rows, x, ldx, round_up(n, P::kPairs), dim, s.z, dim,
+                      reader.ahead(row + n, item.length - done - n));
       }
       if (p.d_bag) add_bag_gradient(p, reader, row, n, x, ldx, s);
     }

@@ -56,13 +56,32 @@ inline T horizontal_sum(Vec<T> v) {
   return lane[0];
 }
 
-template <class T>
-inline T horizontal_max(Vec<T> v) {
-  T lane[kLanes<T>];
-  std::memcpy(lane, &v, sizeof v);
-  for (int width = kLanes<T> / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lane[i] = lane[i] < lane[i + width] ? lane[i + width] : lane[i];
-  return lane[0];
+typedef float Quad __attribute__((vector_size(16)));
+
+// The sum of the register's four (two, one) quads, lane by lane.
+inline Quad fold(Vec<float> v) {
+  Quad part[sizeof v / sizeof(Quad)];
+  std::memcpy(part, &v, sizeof v);
+  Quad sum = part[0];
+  for (unsigned i = 1; i < sizeof v / sizeof(Quad); ++i) sum += part[i];
+  return sum;
+}
+
+// out[i] = horizontal sum of v[i]: four registers are transposed while they are added.
+template <class T, int N>
+inline void horizontal_sums(const Vec<T>* v, T* out) {
+  if constexpr (std::is_same_v<T, float> && N == 4) {
+    const Quad a = fold(v[0]), b = fold(v[1]), c = fold(v[2]), d = fold(v[3]);
+    const Quad ab =
+        __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    const Quad cd =
+        __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    const Quad sum =
+        __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+    std::memcpy(out, &sum, sizeof sum);
+  } else {
+    for (int i = 0; i < N; ++i) out[i] = horizontal_sum<T>(v[i]);
+  }
 }
 
 // exp to 1 ulp for arguments up to 88; 0 below -87.3, where the result is no normal number.
@@ -120,7 +139,8 @@ inline uint16_t float_to_bf16(float f) {
 }
 
 inline float half_to_float(uint16_t h) {
-  // shift into place as if normal, then rescale by 2^112; infinities and NaNs keep an all-ones exponent
+  // shift into place as if normal, then rescale by 2^112; infinities and NaNs keep an all-ones
+  // exponent
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16;
   const uint32_t body = static_cast<uint32_t>(h & 0x7FFF) << 13;
   float f;
@@ -150,6 +170,24 @@ inline uint16_t float_to_half(float f) {
   }
   bits += 0xC8000FFF + ((bits >> 13) & 1);
   return static_cast<uint16_t>(sign | (bits >> 13));
+}
+
+// One register of values read from p: of the same type, of another, or 16-bit by a function.
+template <class T, class S>
+inline Vec<T> widened(const S* p) {
+  if constexpr (std::is_same_v<T, S>) {
+    return load(p);
+  } else {
+    Vec<T> v;
+    for (int i = 0; i < kLanes<T>; ++i) v[i] = static_cast<T>(p[i]);
+    return v;
+  }
+}
+template <class T>
+inline Vec<T> widened(const uint16_t* p, float (*convert)(uint16_t)) {
+  T lane[kLanes<T>];
+  for (int i = 0; i < kLanes<T>; ++i) lane[i] = convert(p[i]);
+  return load(lane);
 }
 
 }  // namespace

@@ -1,6 +1,5 @@
-#include "device.h"
-
 #include "cuda/common.cuh"
+#include "device.h"
 
 namespace survfuse {
 namespace {
