@@ -1,0 +1,355 @@
+"""`pool_bag` for few query rows over moderate widths: each stored row is read once.
+
+Contract: survfuse/ops/pool_bag.py.  Oracle: survfuse/reference/pool_bag.py.  Math: docs/math.md,
+"Pooling".  Layout: one program per (slot, block of query rows). A tile of the bag is one tensor
+[GROUPS, BLOCK_N, BLOCK_K] of all columns that serves as keys and as values. The groups are a batch:
+each warp holds its columns of the accumulator and sums its share of the scores, and only the
+[BLOCK_N, BLOCK_R] scores cross warps. Slots are merged in index order by pool_bag_merge.py.
+
+16-bit accumulators are [GROUPS, BLOCK_K, BLOCK_R], because a tensor core takes 8 query rows there
+and would pad them to 16 the other way round; fp32 ones are [GROUPS, BLOCK_R, BLOCK_K], which
+multiplies on scalar units with fewer registers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .pool_bag_scores import LOG2E, load_bias, load_per_row, score_gradient
+from .ragged import keep_mask, rows_of_slot
+
+
+@triton.jit
+def columns(GROUPS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[GROUPS, 1, BLOCK_K] column indices."""
+    group = tl.arange(0, GROUPS)[:, None, None]
+    return group * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :]
+
+
+@triton.jit
+def load_tile(
+    ptr,
+    at,  # [N] offsets of matrix rows
+    mask,  # [N]
+    D: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """[GROUPS, N, BLOCK_K]: all columns of N rows, 0 where masked."""
+    cols = columns(GROUPS, BLOCK_K)
+    inside = mask[None, :, None]
+    if GROUPS * BLOCK_K != D:
+        inside = inside & (cols < D)
+    return tl.load(ptr + at[None, :, None] + cols, mask=inside, other=0.0)
+
+
+@triton.jit
+def normalize_tile(x, rows, ok, mean_ptr, rstd_ptr, eps, D: tl.constexpr):
+    """The tile ready for its dots, and each row's remaining mean and rstd.
+
+    fp32 tiles have their mean subtracted here and keep a remainder of 0. 16-bit tiles stay as they
+    are, since rounding x - mean again would cost digits: their mean leaves the scores through the
+    sum of the query row.
+    """
+    GROUPS: tl.constexpr = x.shape[0]
+    BLOCK_K: tl.constexpr = x.shape[2]
+    inside = columns(GROUPS, BLOCK_K) < D
+    if mean_ptr is not None:
+        mean = tl.load(mean_ptr + rows, mask=ok, other=0.0)
+        rstd = tl.load(rstd_ptr + rows, mask=ok, other=0.0)
+    else:
+        mean = tl.sum(tl.sum(x.to(tl.float32), 2), 0) / D
+        spread = x.to(tl.float32) - mean[None, :, None]
+        if GROUPS * BLOCK_K != D:
+            spread = tl.where(inside, spread, 0.0)
+        variance = tl.sum(tl.sum(spread * spread, 2), 0) / D
+        rstd = tl.where(ok, tl.rsqrt(variance + eps), 0.0)
+    if x.dtype == tl.float32:
+        x = x - mean[None, :, None]
+        if GROUPS * BLOCK_K != D:
+            x = tl.where(inside, x, 0.0)
+        mean = tl.zeros_like(mean)
+    return x, mean, rstd
+
+
+@triton.jit
+def accumulate(acc, shrink, x, coef, PRECISION: tl.constexpr):
+    """acc * shrink + coef^T x, for coef [N, R] and shrink [R] or None."""
+    if x.dtype == tl.float32:
+        if shrink is not None:
+            acc = acc * shrink[None, :, None]
+        coef = tl.trans(coef)
+        coef = tl.broadcast_to(coef[None, :, :], (x.shape[0], coef.shape[0], coef.shape[1]))
+        acc = tl.dot(coef, x, acc, input_precision=PRECISION)
+    else:
+        if shrink is not None:
+            acc = acc * shrink[None, None, :]
+        coef = coef.to(x.dtype)
+        coef = tl.broadcast_to(coef[None, :, :], (x.shape[0], coef.shape[0], coef.shape[1]))
+        acc = tl.dot(tl.trans(x, 0, 2, 1), coef, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def empty_accumulator(
+    dtype: tl.constexpr, GROUPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Zeros, laid out for the type of the bag."""
+    if dtype == tl.float32:
+        acc = tl.zeros((GROUPS, BLOCK_R, BLOCK_K), tl.float32)
+    else:
+        acc = tl.zeros((GROUPS, BLOCK_K, BLOCK_R), tl.float32)
+    return acc
+
+
+@triton.jit
+def store_partial(
+    part_ptr,
+    out,  # [R] rows of part
+    mask_r,
+    acc,
+    factor,  # [R]
+    dtype: tl.constexpr,
+    D: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+):
+    """Write an accumulator times `factor`, less its mean over columns under normalisation.
+
+    x_hat sums to 0 over its columns, hence so does every sum of it: the identity is exact, and it
+    removes what the means of 16-bit rows left in the accumulator.
+    """
+    if dtype == tl.float32:
+        r = out[None, :, None]
+        cols = columns(GROUPS, BLOCK_K)
+        mask = mask_r[None, :, None] & (cols < D)
+        acc = acc * factor[None, :, None]
+    else:
+        r = out[None, None, :]
+        cols = tl.trans(columns(GROUPS, BLOCK_K), 0, 2, 1)
+        mask = mask_r[None, None, :] & (cols < D)
+        if NORMALIZE:
+            acc = acc - (tl.sum(tl.sum(acc, 1), 0) / D)[None, None, :]
+        acc = acc * factor[None, None, :]
+    tl.store(part_ptr + r * D + cols, acc, mask=mask)
+
+
+@triton.jit
+def round_rows(rows, dtype: tl.constexpr):
+    """Query rows [GROUPS, R, BLOCK_K] in the type of the bag and their fp32 factors taken out.
+
+    fp16 has few exponents: rows are brought to a largest magnitude in [1, 2) by a power of two.
+    """
+    rows = rows.to(tl.float32)
+    factor = tl.zeros((rows.shape[1],), tl.float32) + 1.0
+    if dtype == tl.float16:
+        largest = tl.max(tl.max(tl.abs(rows), 2), 0)
+        factor = tl.exp2(tl.floor(tl.log2(tl.where(largest > 0, largest, 1.0))))
+        rows = rows / factor[None, :, None]
+    return rows.to(dtype), factor
+
+
+_RUNTIME = ["n_bags", "n_stored", "n_rows", "first_slot", "rows_per_slot", "threshold"]
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def pool_bag_fwd_kernel(
+    rows_ptr,  # [B, R, D] in    absorbed queries
+    bag_ptr,  # [T, D] in       rows outside every bag are never read
+    bias_ptr,  # [T] in          or None
+    mean_ptr,  # [T] in          or None
+    rstd_ptr,  # [T] in          or None
+    seed_ptr,  # [1] in          or None: no dropout
+    starts_ptr,  # [B] in
+    lengths_ptr,  # [B] in
+    part_ptr,  # [C, R, D] out   unnormalised sums of this chunk's slots
+    part_max_ptr,  # [C, R] out   largest logit, base 2
+    part_sum_ptr,  # [C, R] out   sum of exp2(logit - max)
+    part_weight_ptr,  # [C, R] out   the same over kept weights
+    n_bags,
+    n_stored,
+    n_rows,
+    first_slot,
+    rows_per_slot,
+    threshold,
+    scale,
+    eps,
+    stride_rows_bag,
+    stride_rows_row,
+    stride_bag_row,
+    STRIDE_UNIT: tl.constexpr,
+    D: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Partial (max, sum, pooled) of one slot. Grid: (slots * cdiv(R, BLOCK_R),)."""
+    n_blocks = tl.cdiv(n_rows, BLOCK_R)
+    local_slot = (tl.program_id(0) // n_blocks).to(tl.int64)
+    offs_r = tl.program_id(0) % n_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+    bag, first_row, position, count = rows_of_slot(
+        first_slot + local_slot.to(tl.int32),
+        starts_ptr,
+        lengths_ptr,
+        n_bags,
+        n_stored,
+        rows_per_slot,
+    )
+    if bag >= n_bags:
+        return
+    dtype: tl.constexpr = bag_ptr.dtype.element_ty
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_r = offs_r < n_rows
+    row_at = bag.to(tl.int64) * stride_rows_bag + offs_r.to(tl.int64) * stride_rows_row
+    a, factor = round_rows(load_tile(rows_ptr, row_at, mask_r, D, GROUPS, BLOCK_K), dtype)
+    a_sum = tl.sum(tl.sum(a.to(tl.float32), 2), 0)
+    a = tl.trans(a, 0, 2, 1)
+    factor = factor * (scale * LOG2E)
+
+    acc = empty_accumulator(dtype, GROUPS, BLOCK_R, BLOCK_K)
+    largest = tl.full((BLOCK_R,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_R,), tl.float32)
+    kept = tl.zeros((BLOCK_R,), tl.float32)
+    for n0 in range(0, count, BLOCK_N):
+        rows = first_row + n0 + offs_n
+        bias, ok = load_bias(bias_ptr, rows, n0 + offs_n < count)
+        x_at = rows * (stride_bag_row * STRIDE_UNIT)
+        x = load_tile(bag_ptr, x_at, ok, D, GROUPS, BLOCK_K)
+        if NORMALIZE:
+            x, mean, rstd = normalize_tile(x, rows, ok, mean_ptr, rstd_ptr, eps, D)
+        logits = tl.sum(tl.dot(x, a, input_precision=PRECISION), 0)
+        if NORMALIZE:
+            logits = (logits - mean[:, None] * a_sum[None, :]) * rstd[:, None]
+        logits = logits * factor[None, :] + bias[:, None]
+        logits = tl.where(ok[:, None], logits, -float("inf"))
+        new = tl.maximum(largest, tl.max(logits, 0))
+        finite = tl.where(new == -float("inf"), 0.0, new)
+        shrink = tl.exp2(largest - finite)
+        weights = tl.exp2(logits - finite[None, :])
+        largest = new
+        total = total * shrink + tl.sum(weights, 0)
+        if seed_ptr is not None:
+            at = (position + n0 + offs_n)[:, None]
+            keep = keep_mask(tl.load(seed_ptr), at, offs_r[None, :], bag, threshold)
+            weights = tl.where(keep, weights, 0.0)
+            kept = kept * shrink + tl.sum(weights, 0)
+        if NORMALIZE:
+            weights = weights * rstd[:, None]
+        acc = accumulate(acc, shrink, x, weights, PRECISION)
+
+    out = local_slot * n_rows + offs_r
+    one = tl.zeros((BLOCK_R,), tl.float32) + 1.0
+    store_partial(part_ptr, out, mask_r, acc, one, dtype, D, GROUPS, BLOCK_K, NORMALIZE)
+    tl.store(part_max_ptr + out, largest, mask=mask_r)
+    tl.store(part_sum_ptr + out, total, mask=mask_r)
+    tl.store(part_weight_ptr + out, total if seed_ptr is None else kept, mask=mask_r)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def pool_bag_bwd_rows_kernel(
+    a_ptr,  # [B, R, PADDED] in    rounded query rows
+    dz_ptr,  # [B, R, PADDED] in    rounded gradient of pooled
+    per_row_ptr,  # [7, B, R] in   see pool_bag_prepare_kernel
+    bag_ptr,  # [T, D] in
+    bias_ptr,  # [T] in          or None
+    mean_ptr,  # [T] in          or None
+    rstd_ptr,  # [T] in          or None
+    seed_ptr,  # [1] in          or None
+    starts_ptr,  # [B] in
+    lengths_ptr,  # [B] in
+    part_ptr,  # [C, R, D] out   this chunk's share of d_rows
+    n_bags,
+    n_stored,
+    n_rows,
+    first_slot,
+    rows_per_slot,
+    threshold,
+    scale,
+    eps,
+    keep_scale,
+    stride_bag_row,
+    STRIDE_UNIT: tl.constexpr,
+    D: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """d_rows of one slot. Grid: (slots * cdiv(R, BLOCK_R),)."""
+    n_blocks = tl.cdiv(n_rows, BLOCK_R)
+    local_slot = (tl.program_id(0) // n_blocks).to(tl.int64)
+    offs_r = tl.program_id(0) % n_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+    bag, first_row, position, count = rows_of_slot(
+        first_slot + local_slot.to(tl.int32),
+        starts_ptr,
+        lengths_ptr,
+        n_bags,
+        n_stored,
+        rows_per_slot,
+    )
+    if bag >= n_bags:
+        return
+    dtype: tl.constexpr = bag_ptr.dtype.element_ty
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_r = offs_r < n_rows
+    at = bag.to(tl.int64) * n_rows + offs_r
+    PADDED: tl.constexpr = (D + 15) // 16 * 16
+    a = tl.trans(load_tile(a_ptr, at * PADDED, mask_r, D, GROUPS, BLOCK_K), 0, 2, 1)
+    dz = tl.trans(load_tile(dz_ptr, at * PADDED, mask_r, D, GROUPS, BLOCK_K), 0, 2, 1)
+    per_row = load_per_row(per_row_ptr, at, n_bags.to(tl.int64) * n_rows, mask_r)
+
+    acc = empty_accumulator(dtype, GROUPS, BLOCK_R, BLOCK_K)
+    unit = tl.zeros((BLOCK_R,), tl.float32)
+    for n0 in range(0, count, BLOCK_N):
+        rows = first_row + n0 + offs_n
+        bias, ok = load_bias(bias_ptr, rows, n0 + offs_n < count)
+        x_at = rows * (stride_bag_row * STRIDE_UNIT)
+        x = load_tile(bag_ptr, x_at, ok, D, GROUPS, BLOCK_K)
+        if NORMALIZE:
+            x, mean, rstd = normalize_tile(x, rows, ok, mean_ptr, rstd_ptr, eps, D)
+        else:
+            mean = tl.zeros((BLOCK_N,), tl.float32)
+            rstd = mean
+        s = tl.sum(tl.dot(x, a, input_precision=PRECISION), 0)
+        dp = tl.sum(tl.dot(x, dz, input_precision=PRECISION), 0)
+        _, ds, _, _ = score_gradient(
+            s,
+            dp,
+            bias,
+            ok,
+            mean,
+            rstd,
+            position + n0 + offs_n,
+            bag,
+            offs_r,
+            per_row,
+            seed_ptr,
+            threshold,
+            scale,
+            keep_scale,
+            NORMALIZE,
+            dtype == tl.float16,
+        )
+        if NORMALIZE:
+            ds = ds * rstd[:, None]
+        if dtype == tl.float16:
+            # ds shrinks with the bag's length and with the loss: keep the largest so far at 1
+            new = tl.maximum(unit, tl.max(tl.abs(ds), 0))
+            safe = tl.where(new > 0, new, 1.0)
+            ds = ds / safe[None, :]
+            shrink = unit / safe
+            unit = new
+            acc = accumulate(acc, shrink, x, ds, PRECISION)
+        else:
+            acc = accumulate(acc, None, x, ds, PRECISION)
+
+    out = local_slot * n_rows + offs_r
+    factor = (unit if dtype == tl.float16 else unit + 1.0) * scale
+    store_partial(part_ptr, out, mask_r, acc, factor, dtype, D, GROUPS, BLOCK_K, NORMALIZE)
