@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from survfuse.data.splits import Split
+from survfuse.extras import require
 from survfuse.training.config import DataConfig, TrainConfig
 from survfuse.training.config_files import ConfigError
 
@@ -120,8 +121,7 @@ def _survpath(config: TrainConfig) -> LoadedCohort:
 
 def _slides(config: TrainConfig) -> LoadedCohort:
     """Regions of real slides as invented patients, to see real input going through."""
-    import pandas as pd
-
+    pd = require("pandas", extra="train")
     from survfuse.data.cohort import Cohort
     from survfuse.data.modalities import BagModality
 
