@@ -159,8 +159,9 @@ def encode_slide(
 
 
 def _open_slide(path: Path) -> Any:
-    openslide = require("openslide", extra="slides")
+    # OpenSlide's own import of Pillow would fail without a word about the extra
     require("PIL", extra="slides")
+    openslide = require("openslide", extra="slides")
     if not path.is_file():
         raise FileNotFoundError(f"there is no slide {path}")
     try:
