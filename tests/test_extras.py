@@ -44,7 +44,8 @@ CALLS = {
         {
             "kaplan_meier": "call('evaluation.curves', 'kaplan_meier', TIME, EVENT)",
             "logrank_test": "call('evaluation.curves', 'logrank_test', [(TIME, EVENT)] * 2)",
-            "corrected_t": "call('evaluation.intervals', 'corrected_t', [0.1, 0.2], n_train=9, n_test=3)",
+            "corrected_t": "call('evaluation.intervals', 'corrected_t', [0.1, 0.2], "
+            "n_train=9, n_test=3)",
         },
     ),
     "matplotlib": (
