@@ -52,6 +52,7 @@ void pool_bag_backward(const py::dict& a) {
   p.delta = pointer(a["delta"].cast<uintptr_t>());
   p.d_pooled = pointer(a["d_pooled"].cast<uintptr_t>());
   p.d_weight_sum = pointer(a["d_weight_sum"].cast<uintptr_t>());
+  p.d_logit_sum = pointer(a["d_logit_sum"].cast<uintptr_t>());
   p.d_rows = pointer(a["d_rows"].cast<uintptr_t>());
   p.d_bag = pointer(a["d_bag"].cast<uintptr_t>());
   p.d_bias = pointer(a["d_bias"].cast<uintptr_t>());

@@ -45,6 +45,7 @@ struct PoolBagBackward {
   const void* d_pooled;      // [B, R, D] in   acc
   const void* d_weight_sum;  // [B, R]    in   acc
   void* d_rows;              // [B, R, D] out  acc; null: not wanted
+  void* d_logit_sum;         // [B, R]    out  acc; sum of the logits' gradients of each row
   void* d_bag;               // [T, D]    out  contiguous; null: not wanted
   void* d_bias;              // [T]       out  acc; null: not wanted
   ElementType d_bag_type;    // that of the bag, or acc

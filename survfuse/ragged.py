@@ -137,11 +137,12 @@ class Ragged(NamedTuple):
             ValueError: names the first bag that does not fit, or the host integer that is wrong.
         """
         starts, lengths = self.starts.cpu(), self.lengths.cpu()
-        wrong = (starts < 0) | (lengths < 0) | (starts + lengths > n_rows)
+        # not starts + lengths > n_rows: that sum can pass 2^63
+        wrong = (starts < 0) | (lengths < 0) | (starts > n_rows - lengths)
         if bool(wrong.any()):
             b = int(wrong.nonzero()[0])
             raise ValueError(
-                f"ragged: bag {b} is rows {int(starts[b])} to {int(starts[b] + lengths[b])}, "
+                f"ragged: bag {b} is rows {int(starts[b])} to {int(starts[b]) + int(lengths[b])}, "
                 f"but the bag matrix has {n_rows} rows"
             )
         total = int(lengths.sum())
@@ -205,6 +206,12 @@ def as_packed(
     if not isinstance(ragged, Ragged):
         raise TypeError(f"ragged is {type(ragged).__name__}; it must be a survfuse.Ragged")
     for name, tensor in (("starts", ragged.starts), ("lengths", ragged.lengths)):
+        # a Ragged made by hand, not by one of its constructors, can hold anything
+        if tensor.dtype != torch.int64 or tensor.shape != (ragged.lengths.shape[0],):
+            raise ValueError(
+                f"ragged.{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; both must be "
+                "int64 vectors of one length"
+            )
         if tensor.device != bag.device:
             raise ValueError(
                 f"ragged.{name} is on {tensor.device} and bag on {bag.device}; "

@@ -132,7 +132,8 @@ void merge_bag(const PoolBagForward& p, const Plan& plan, int64_t bag, char* slo
     if (broken) sum = weight_sum = static_cast<Acc>(NAN);
     const bool empty = sum == 0;
     const Acc inverse = empty ? 0 : 1 / sum;
-    static_cast<Acc*>(p.lse)[at] = empty ? -infinity : (broken ? sum : top + std::log(sum));
+    static_cast<Acc*>(p.lse)[at] =
+        empty ? -infinity : (broken ? (top == infinity ? top : sum) : top + std::log(sum));
     static_cast<Acc*>(p.weight_sum)[at] =
         empty ? 0 : (in.dropout_p > 0 || broken ? weight_sum * inverse : Acc(1));
     Acc* out = static_cast<Acc*>(p.pooled) + at * in.dim;
@@ -184,6 +185,10 @@ void run_backward(const PoolBagBackward& p, const Plan& plan) {
   char* base = static_cast<char*>(in.workspace);
   char* slots = base + in.n_threads * scratch;
   const int64_t size = in.n_rows * in.dim;
+  const auto logit_sum = [&](const WorkItem& item) {
+    return item.slot < 0 ? static_cast<Acc*>(p.d_logit_sum) + item.bag * in.n_rows
+                         : slot_at<Acc>(in, slots, item.slot).sum;
+  };
   const auto target = [&](const WorkItem& item) {
     if (!p.d_rows) return static_cast<Acc*>(nullptr);
     return item.slot < 0 ? static_cast<Acc*>(p.d_rows) + item.bag * size
@@ -192,7 +197,7 @@ void run_backward(const PoolBagBackward& p, const Plan& plan) {
   const auto run = [&](int64_t begin, int64_t end) {
     parallel_for(end - begin, in.n_threads, [&](int64_t i, int thread) {
       const WorkItem& item = plan.items[begin + i];
-      engine.backward(p, item, base + thread * scratch, target(item));
+      engine.backward(p, item, base + thread * scratch, target(item), logit_sum(item));
     });
   };
   if (p.overlapping) {
@@ -200,16 +205,18 @@ void run_backward(const PoolBagBackward& p, const Plan& plan) {
   } else {
     run(0, plan.items.size());
   }
-  if (!p.d_rows) return;
-  parallel_for(in.n_bags, in.n_threads, [&](int64_t b, int) {
-    const int64_t begin = plan.first_item[b], end = plan.first_item[b + 1];
+  const auto merge = [&](Acc* out, int64_t n, int64_t bag, const auto& part) {
+    const int64_t begin = plan.first_item[bag], end = plan.first_item[bag + 1];
     if (end - begin == 1) return;
-    Acc* out = static_cast<Acc*>(p.d_rows) + b * size;
-    std::memset(out, 0, size * sizeof(Acc));
+    std::memset(out, 0, n * sizeof(Acc));
     for (int64_t i = begin; i < end; ++i) {
-      const Acc* part = target(plan.items[i]);
-      for (int64_t k = 0; k < size; ++k) out[k] += part[k];
+      const Acc* values = part(plan.items[i]);
+      for (int64_t k = 0; k < n; ++k) out[k] += values[k];
     }
+  };
+  parallel_for(in.n_bags, in.n_threads, [&](int64_t b, int) {
+    merge(static_cast<Acc*>(p.d_logit_sum) + b * in.n_rows, in.n_rows, b, logit_sum);
+    if (p.d_rows) merge(static_cast<Acc*>(p.d_rows) + b * size, size, b, target);
   });
 }
 

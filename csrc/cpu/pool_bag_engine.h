@@ -15,8 +15,10 @@ PoolBagEngine make_engine() {
             Kernel::forward(p, item, scratch, static_cast<Acc*>(z), static_cast<Acc*>(max),
                             static_cast<Acc*>(sum), static_cast<Acc*>(weight_sum));
           },
-          [](const PoolBagBackward& p, const WorkItem& item, char* scratch, void* d_rows) {
-            Kernel::backward(p, item, scratch, static_cast<Acc*>(d_rows));
+          [](const PoolBagBackward& p, const WorkItem& item, char* scratch, void* d_rows,
+             void* d_logit_sum) {
+            Kernel::backward(p, item, scratch, static_cast<Acc*>(d_rows),
+                             static_cast<Acc*>(d_logit_sum));
           }};
 }
 

@@ -169,13 +169,15 @@ struct PoolBagKernel {
     s.weight_sum[r] += weight_sum;
   }
 
-  static void backward(const PoolBagBackward& p, const WorkItem& item, char* memory, Acc* d_rows) {
+  static void backward(const PoolBagBackward& p, const WorkItem& item, char* memory, Acc* d_rows,
+                       Acc* d_logit_sum) {
     const PoolBagParams& in = p.in;
     const TileReader<P, Acc> reader(in);
     Scratch s;
     lay_out(Arena{memory}, in, &s);
     const int64_t n_rows = in.n_rows, dim = reader.dim, lds = reader.tile_rows;
     Element* d_pooled = s.rows + n_rows * dim;
+    std::memset(s.sum, 0, n_rows * sizeof(Acc));
     load_rows(reader, in.rows, item.bag, s.rows);
     load_rows(reader, p.d_pooled, item.bag, d_pooled);
     std::memset(s.z, 0, n_rows * dim * sizeof(Acc));
@@ -188,6 +190,8 @@ struct PoolBagKernel {
       dots<P>(s.rows, dim, n_rows, x, ldx, n, dim, s.scores, lds, x != s.tile);
       dots<P>(d_pooled, dim, n_rows, x, ldx, n, dim, s.grads, lds);
       for (int64_t r = 0; r < n_rows; ++r) score_gradient(p, item.bag, r, row, position, n, lds, s);
+      for (int64_t r = 0; r < n_rows; ++r)
+        for (int64_t i = 0; i < n; ++i) s.sum[r] += s.grads[r * lds + i];
       if (p.d_bias) add_bias_gradient(p, row, n, lds, s);
       if (p.d_rows) {
         scale_weights(in, n, lds, s.grads, s.weights);
@@ -196,6 +200,7 @@ struct PoolBagKernel {
       }
       if (p.d_bag) add_bag_gradient(p, reader, row, n, x, ldx, s);
     }
+    std::memcpy(d_logit_sum, s.sum, n_rows * sizeof(Acc));
     if (!p.d_rows) return;
     for (int64_t r = 0; r < n_rows; ++r)
       std::memcpy(d_rows + r * in.dim, s.z + r * dim, in.dim * sizeof(Acc));
@@ -268,6 +273,9 @@ struct PoolBagKernel {
     for (int64_t i = 0; i < n; ++i) {
       Acc* line = s.d_tile + i * dim;
       if (in.normalize) normalize_gradient(in.dim, x + i * ldx, s.rstd[i], line);
+      // its weights are 0, but 0 times an infinite gradient is not
+      if (excludes(static_cast<const Acc*>(in.bias), row + i))
+        std::memset(line, 0, in.dim * sizeof(Acc));
       write_gradient(p, row + i, line);
     }
   }

@@ -19,7 +19,8 @@ struct PoolBagEngine {
   int64_t (*scratch_bytes)(const PoolBagParams&);
   void (*forward)(const PoolBagForward&, const WorkItem&, char* scratch, void* z, void* max,
                   void* sum, void* weight_sum);
-  void (*backward)(const PoolBagBackward&, const WorkItem&, char* scratch, void* d_rows);
+  void (*backward)(const PoolBagBackward&, const WorkItem&, char* scratch, void* d_rows,
+                   void* d_logit_sum);
 };
 
 PoolBagEngine pool_bag_engine_plain(bool is_double);

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from survfuse.native.core import CPU_ISAS, ELEMENT_TYPES, address, native_core, workspace
-from survfuse.tiled.pool_bag import accumulation_type
+from survfuse.tiled.pool_bag import accumulation_type, balance_rows
 
 
 def pool_bag_forward(
@@ -80,7 +80,9 @@ def pool_bag_backward(
     """d_rows [B, R, D], d_bag [T, D] of the bag's type, d_bias [T]; None where not needed."""
     kind = accumulation_type(bag.dtype)
     d_pooled, d_weight_sum = d_pooled.to(kind).contiguous(), d_weight_sum.to(kind).contiguous()
-    delta = (d_pooled * pooled).sum(-1) + d_weight_sum * weight_sum - d_lse
+    # rounded as the kernel's products round it: the two must cancel
+    rounded = d_pooled.to(bag.dtype).to(kind) if rounds_products(bag.dtype, isa) else d_pooled
+    delta = (rounded * pooled).sum(-1) + d_weight_sum * weight_sum - d_lse
     d_rows = bag.new_empty(rows.shape, dtype=kind) if needs_rows else None
     overlapping, covering = _coverage(starts, lengths, bag.shape[0])
     make = torch.empty if covering else torch.zeros
@@ -93,7 +95,9 @@ def pool_bag_backward(
         isa,
     )  # fmt: skip
     lse, delta = lse.contiguous(), delta.contiguous()
+    d_logit_sum = torch.empty_like(lse)
     arguments |= {
+        "d_logit_sum": address(d_logit_sum),
         "lse": address(lse),
         "delta": address(delta),
         "d_pooled": address(d_pooled),
@@ -106,7 +110,15 @@ def pool_bag_backward(
     }
     native_core().pool_bag_backward(arguments)
     del alive
+    if d_rows is not None:
+        balance_rows(d_rows, d_logit_sum, d_lse, pooled, scale)
     return d_rows, None if d_bag is None else d_bag.to(bag.dtype), d_bias
+
+
+def rounds_products(dtype: torch.dtype, isa: str) -> bool:
+    """Whether the kernel multiplies bf16 pairs, and so rounds rows, weights and gradients."""
+    chosen = native_core().machine_info()["cpu_isa"] if isa == "auto" else isa
+    return dtype == torch.bfloat16 and chosen == "avx512bf16"
 
 
 def _arguments(

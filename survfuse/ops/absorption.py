@@ -7,16 +7,33 @@ from __future__ import annotations
 
 import torch
 
+from survfuse.ops.backends import BACKENDS
+
 # floating-point operations that take as long as moving one byte: 180 GFLOP/s over 40 GB/s were
 # measured on two CPU cores; GPUs have more, which favours moving less
 _OPERATIONS_PER_BYTE = 5
 _ABSORB = ("auto", "always", "never")
 
 
-def check_absorb(absorb: str) -> None:
-    """Raise unless `absorb` is a known rule."""
+def resolve_absorb(absorb: str, backend: str | None) -> str:
+    """The rule to follow, `backend` considered: a backend asked for by name is used or raises.
+
+    Raises:
+        ValueError: no rule or backend has that name.
+        RuntimeError: K and V are to be formed by a backend that does not.
+    """
     if absorb not in _ABSORB:
         raise ValueError(f"absorb is {absorb!r}; it must be one of {_ABSORB}")
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; it must be None or one of {BACKENDS}")
+    if backend in ("native", "triton"):
+        if absorb == "never":
+            raise RuntimeError(
+                f'backend={backend!r} cannot serve this call: with absorb="never" K and V are '
+                'formed in plain torch; take backend=None, "tiled" or "reference"'
+            )
+        return "always"
+    return absorb
 
 
 def absorbs(

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from survfuse.native.core import ELEMENT_TYPES, native_core
+from survfuse.tiled.tiles import multiplies_bf16
 
 BACKENDS = ("reference", "tiled", "triton", "native")
 
@@ -64,19 +65,13 @@ def _fastest(device: torch.device, dtype: torch.dtype, n_rows: int) -> Selection
     obstacle = _native_obstacle(device, dtype)
     if obstacle is not None:
         return Selection("tiled", f"no native kernel: {obstacle}")
-    if dtype == torch.bfloat16 and n_rows > _AMX_ROWS and _has_amx():
+    if dtype == torch.bfloat16 and n_rows > _AMX_ROWS and multiplies_bf16():
         return Selection("tiled", f"{n_rows} rows in bf16: oneDNN multiplies them with AMX")
     return Selection("native", "the C++ kernels of this processor")
 
 
 # with few rows the bag is read once and memory decides; beyond, matrix units do
 _AMX_ROWS = 24
-
-
-@functools.cache
-def _has_amx() -> bool:
-    core = native_core()
-    return core is not None and bool(core.machine_info()["amx_bf16"])
 
 
 @functools.cache

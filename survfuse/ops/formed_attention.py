@@ -99,7 +99,7 @@ def _attend(
     # an empty bag is computed with its logits at 0 and then replaced, so that no NaN arises
     safe = torch.where(empty[..., None], 0.0, logits)
     lse = safe.logsumexp(-1)
-    probability = torch.where(empty[..., None], 0.0, torch.exp(safe - lse[..., None]))
+    probability = torch.where(empty[..., None], 0.0, safe.softmax(-1))
     if seed is not None:
         row = torch.arange(query.shape[1] * heads, device=bag.device)
         position = torch.arange(n, device=bag.device)

@@ -85,6 +85,7 @@ def pool_bag(
     packed, bias, ragged = check_pooling(rows, bag, bias, ragged, stats)
     check_dropout(dropout_p)
     if backend == "reference":
+        check_ranges_eagerly(packed, ragged)
         return reference.pool_bag(
             rows,
             packed,
@@ -139,6 +140,12 @@ def check_ranges(bag: Tensor, starts: Tensor, lengths: Tensor, total: int, max_l
     """On the CPU, raise unless every bag lies within the matrix; kernels on a device clamp."""
     if bag.device.type == "cpu":
         Ragged(starts, lengths, total, max_length).check(bag.shape[0])
+
+
+def check_ranges_eagerly(bag: Tensor, ragged: Ragged) -> None:
+    """The same where no op stands between; a graph being compiled cannot look at values."""
+    if not torch.compiler.is_compiling():
+        check_ranges(bag, *ragged)
 
 
 def without_autocast(function):

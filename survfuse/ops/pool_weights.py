@@ -12,7 +12,13 @@ from torch.utils.flop_counter import register_flop_formula
 from survfuse import reference
 from survfuse.ops.backends import BACKENDS
 from survfuse.ops.checks import check_reduce, check_tensor
-from survfuse.ops.pool_bag import check_pooling, check_ranges, unit_stride, without_autocast
+from survfuse.ops.pool_bag import (
+    check_pooling,
+    check_ranges,
+    check_ranges_eagerly,
+    unit_stride,
+    without_autocast,
+)
 from survfuse.ragged import Ragged
 from survfuse.tiled.pool_weights import pool_weights_backward, pool_weights_forward
 
@@ -62,6 +68,8 @@ def pool_weights(
     packed, bias, ragged = check_pooling(rows, bag, bias, ragged, stats)
     check_reduce(reduce)
     n_bags, n_rows = rows.shape[:2]
+    if n_rows == 0:
+        raise ValueError(f"rows has shape {tuple(rows.shape)}; it must hold at least one row")
     if lse.dim() == 3:
         check_tensor("lse", lse, shape=(n_bags, "Lq", "H"), device=bag.device)
         if lse.shape[1] * lse.shape[2] != n_rows:
@@ -74,12 +82,9 @@ def pool_weights(
             raise ValueError(
                 f'reduce="heads" needs lse as [B, Lq, H]; its shape is {tuple(lse.shape)}'
             )
-    if backend not in (None, "reference", "tiled"):
-        if backend in BACKENDS:
-            raise RuntimeError(f"backend={backend!r} cannot serve this call: only None, "
-                               '"reference" and "tiled" implement pool_weights')  # fmt: skip
-        raise ValueError(f"backend is {backend!r}; it must be None or one of {BACKENDS}")
+    check_weights_backend(backend)
     if backend == "reference":
+        check_ranges_eagerly(packed, ragged)
         return reference.pool_weights(
             rows,
             packed,
@@ -112,6 +117,17 @@ def pool_weights(
     if reduce == "rows":
         return weights.reshape(ragged.total)
     return weights.reshape(ragged.total, *lse.shape[1 : 3 if reduce is None else 2])
+
+
+def check_weights_backend(backend: str | None) -> None:
+    """Raise unless `backend` implements pool_weights."""
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; it must be None or one of {BACKENDS}")
+    if backend in ("native", "triton"):
+        raise RuntimeError(
+            f"backend={backend!r} cannot serve this call: only None, "
+            '"reference" and "tiled" implement pool_weights'
+        )
 
 
 _SIZES = "Tensor starts, Tensor lengths, SymInt total, SymInt max_length"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from survfuse.ops.absorption import absorbs
+from survfuse.ops.absorption import absorbs, resolve_absorb
 from survfuse.ops.backends import Selection, select_backend
+from survfuse.ops.pool_weights import check_weights_backend
 from survfuse.ragged import as_packed
 
 _OPS = ("pool_bag", "pool_weights", "tokens_attend_bag")
@@ -41,15 +42,17 @@ def selected_backend(
     """
     if op not in _OPS:
         raise ValueError(f"op is {op!r}; it must be one of {_OPS}")
-    if op == "pool_weights" and backend is None:
-        return Selection("tiled", "its only implementation beside the reference")
+    if op == "pool_weights":
+        if backend is None:
+            return Selection("tiled", "its only implementation beside the reference")
+        check_weights_backend(backend)
     n_rows = tokens.shape[1]
     if op == "tokens_attend_bag":
         w_v = weights[1]
         packed, ragged = as_packed(bag, ragged, tokens.shape[0])
         n_heads, head_dim = tokens.shape[2:]
         absorbed = absorbs(
-            absorb,
+            resolve_absorb(absorb, backend),
             n_queries=tokens.shape[1],
             n_heads=n_heads,
             head_dim=head_dim,

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from survfuse import reference
-from survfuse.ops.absorption import absorbs, check_absorb
+from survfuse.ops.absorption import absorbs, resolve_absorb
 from survfuse.ops.checks import check_bag, check_bias, check_dropout, check_reduce, check_tensor
 from survfuse.ops.formed_attention import formed_attention
-from survfuse.ops.pool_bag import pool_bag
+from survfuse.ops.pool_bag import check_ranges_eagerly, pool_bag
 from survfuse.ops.pool_weights import pool_weights
 from survfuse.ragged import Ragged, as_packed
 
@@ -58,8 +58,8 @@ def tokens_attend_bag(
         scale: by default d ** -0.5.
         dropout_p: probability with which a weight is dropped.
         absorb: "auto" by a cost rule (docs/math.md), "always" or "never".
-        backend: None, "reference", "tiled", "triton" or "native". K and V formed
-            (absorb="never") are plain torch whatever the backend.
+        backend: None, "reference", "tiled", "triton" or "native". K and V are formed in plain
+            torch, so "triton" and "native" always absorb.
 
     Returns:
         [B, Lq, H, dv] of the type of `query`. A bag of no rows, or with every bias -inf, gives
@@ -127,8 +127,9 @@ def tokens_attend_bag_with_lse(
         query, bag, w_k, w_v, b_k, b_v, norm_weight, norm_bias, bias, ragged
     )
     check_dropout(dropout_p)
-    check_absorb(absorb)
+    absorb = resolve_absorb(absorb, backend)
     if backend == "reference":
+        check_ranges_eagerly(packed, ragged)
         return reference.tokens_attend_bag_with_lse(
             query,
             packed,
@@ -158,6 +159,7 @@ def tokens_attend_bag_with_lse(
             n_bags=n_bags,
             total=ragged.total,
         ):
+            check_ranges_eagerly(packed, ragged)
             norm = (norm_weight, norm_bias, norm_eps) if normalize else None
             return formed_attention(
                 query, packed, w_k, w_v, b_k, b_v, norm, bias, ragged, scale, dropout_p
@@ -228,6 +230,7 @@ def tokens_attend_bag_weights(
     check_reduce(reduce)
     check_tensor("lse", lse, shape=tuple(query.shape[:3]), device=bag.device)
     if backend == "reference":
+        check_ranges_eagerly(packed, ragged)
         return reference.tokens_attend_bag_weights(
             query,
             packed,

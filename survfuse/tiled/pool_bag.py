@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from survfuse.reference.dropout import keep_mask
-from survfuse.tiled.tiles import Tile, product, tiles
+from survfuse.tiled.tiles import Tile, operand_type, product, tiles
 
 
 def accumulation_type(dtype: torch.dtype) -> torch.dtype:
@@ -45,7 +45,7 @@ def pool_bag_forward(
         if not group:
             continue
         bags = group[0].bags
-        a = rows[bags].to(bag.dtype)
+        a = rows[bags].to(operand_type(bag, centred=normalize))
         top = bag.new_full(a.shape[:2], -torch.inf, dtype=kind)
         total_weight, kept_weight = torch.zeros_like(top), torch.zeros_like(top)
         z = bag.new_zeros(a.shape, dtype=kind)
@@ -67,7 +67,8 @@ def pool_bag_forward(
         empty = total_weight == 0
         safe = torch.where(empty, 1.0, total_weight)
         pooled[bags] = torch.where(empty[..., None], 0.0, z / safe[..., None])
-        lse[bags] = torch.where(empty, -torch.inf, top + safe.log())
+        infinite = torch.where(top == torch.inf, top, top + safe.log())
+        lse[bags] = torch.where(empty, -torch.inf, infinite)
         kept = kept_weight / safe if seed is not None else total_weight / safe
         weight_sum[bags] = torch.where(empty, 0.0, kept)
     return pooled, lse, weight_sum
@@ -106,16 +107,21 @@ def pool_bag_backward(
     # sums of overlapping bags are rounded once, at the end
     d_bag = torch.zeros(bag.shape, dtype=kind, device=bag.device) if needs_bag else None
     d_bias = bag.new_zeros(bag.shape[0], dtype=kind) if needs_bias else None
-    delta = (d_pooled * pooled).sum(-1) + d_weight_sum * weight_sum - d_lse
+    operand = operand_type(bag, centred=normalize)
+    # rounded as in the products below: the two must cancel
+    rounded = d_pooled.to(operand).to(kind)
+    delta = (rounded * pooled).sum(-1) + d_weight_sum * weight_sum - d_lse
+    d_logit_sum = torch.zeros_like(lse)
     for group in tiles(starts, lengths, max_length, bag.shape[0], dim * bag.element_size()):
         for tile in group:
-            a, dz = rows[tile.bags].to(bag.dtype), d_pooled[tile.bags].to(bag.dtype)
+            a, dz = rows[tile.bags].to(operand), d_pooled[tile.bags].to(operand)
             x, row_bias, row_rstd = read_tile(tile, bag, bias, normalize, eps, mean, rstd)
             weights, d_logits = _score_gradients(
                 tile, a, dz, x, row_bias, scale, lse, delta, d_weight_sum, seed, dropout_p, n_bags
             )
             if d_rows is not None:
                 d_rows[tile.bags] += product((d_logits * scale).to(x.dtype), x)
+                d_logit_sum[tile.bags] += d_logits.sum(-1)
             if d_bias is not None:
                 add_rows(d_bias, tile, d_logits.sum(-2))
             if d_bag is not None:
@@ -123,8 +129,22 @@ def pool_bag_backward(
                 d_x += product(weights.to(x.dtype).mT, dz)
                 if normalize:
                     d_x = normalize_gradient(d_x, x.to(kind), row_rstd)
-                add_rows(d_bag, tile, d_x)
+                add_rows(d_bag, tile, included(d_x, row_bias))
+    if d_rows is not None:
+        balance_rows(d_rows, d_logit_sum, d_lse, pooled, scale)
     return d_rows, None if d_bag is None else d_bag.to(bag.dtype), d_bias
+
+
+def balance_rows(
+    d_rows: Tensor, d_logit_sum: Tensor, d_lse: Tensor, pooled: Tensor, scale: float
+) -> None:
+    """Take out of d_rows, in place, what the rounding of delta and lse put into it.
+
+    The gradients of a row's logits sum to d_lse exactly. What their computed sum misses has gone
+    along the softmax weights, so it stands in d_rows times the pooled patch, which is large where
+    features are far from zero.
+    """
+    d_rows += (scale * (d_lse - d_logit_sum))[..., None] * pooled
 
 
 def read_tile(
@@ -136,7 +156,7 @@ def read_tile(
     mean: Tensor | None,
     rstd: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The tile's rows [B, n, D] in the bag's type, its bias [B, n], the factor of the norm [B, n].
+    """The tile's rows [B, n, D] as operand, its bias [B, n], the factor of the norm [B, n].
 
     Excluded rows, and rows behind a bag's end, are zero with bias -inf and factor 0.
     """
@@ -148,26 +168,34 @@ def read_tile(
     excluded = None if row_bias is None else row_bias == -torch.inf
     if excluded is not None:
         x = torch.where(excluded[..., None], 0.0, x)
+    operand = operand_type(bag, centred=normalize)
     if not normalize:
-        return x, row_bias, None
+        return x.to(operand), row_bias, None
     if mean is not None and rstd is not None:
         row_mean, row_rstd = tile.take(mean).to(kind), tile.take(rstd).to(kind)
         if excluded is not None:
             row_mean = torch.where(excluded, 0.0, row_mean)
             row_rstd = torch.where(excluded, 0.0, row_rstd)
-        x = ((x.to(kind) - row_mean[..., None]) * row_rstd[..., None]).to(bag.dtype)
+        x = ((x.to(kind) - row_mean[..., None]) * row_rstd[..., None]).to(operand)
         return x, row_bias, row_rstd
-    x, row_rstd = _normalized(x, eps)
+    x, row_rstd = _normalized(x, eps, operand)
     if excluded is not None:
         row_rstd = torch.where(excluded, 0.0, row_rstd)
     return x, row_bias, row_rstd
 
 
-def _normalized(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Layer-normalised rows in the type of `x`, and the factor of each row."""
+def included(values: Tensor, row_bias: Tensor | None) -> Tensor:
+    """`values` [B, n, D], zero for excluded rows whatever an infinite gradient made of them."""
+    if row_bias is None:
+        return values
+    return torch.where((row_bias == -torch.inf)[..., None], 0.0, values)
+
+
+def _normalized(x: Tensor, eps: float, operand: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Layer-normalised rows of type `operand`, and the factor of each row."""
     if x.dtype in (torch.bfloat16, torch.float16):
         out, _, rstd = torch.native_layer_norm(x.float(), x.shape[-1:], None, None, eps)
-        return out.to(x.dtype), rstd[..., 0]
+        return out.to(operand), rstd[..., 0]
     # torch's kernel computes x * rstd - mean * rstd, which loses digits where |mean| >> std
     centered = x - x.mean(-1, keepdim=True)
     rstd = (centered.square().mean(-1) + eps).rsqrt()

@@ -11,11 +11,12 @@ from torch import Tensor
 from survfuse.tiled.pool_bag import (
     accumulation_type,
     add_rows,
+    included,
     normalize_gradient,
     read_tile,
     tile_logits,
 )
-from survfuse.tiled.tiles import Tile, product, tiles
+from survfuse.tiled.tiles import Tile, operand_type, product, tiles
 
 
 def pool_weights_forward(
@@ -44,7 +45,7 @@ def pool_weights_forward(
         starts, lengths, max_length, bag.shape[0], bag.shape[1] * bag.element_size()
     ):
         for tile in tile_group:
-            a = rows[tile.bags].to(bag.dtype)
+            a = rows[tile.bags].to(operand_type(bag, centred=normalize))
             x, row_bias, _ = read_tile(tile, bag, bias, normalize, eps, mean, rstd)
             weights = _softmax(tile_logits(a, x, row_bias, scale), lse[tile.bags])
             weights = weights.unflatten(1, (n_out, group)).mean(2).mT
@@ -87,10 +88,11 @@ def pool_weights_backward(
         starts, lengths, max_length, bag.shape[0], bag.shape[1] * bag.element_size()
     ):
         for tile in tile_group:
-            a = rows[tile.bags].to(bag.dtype)
+            a = rows[tile.bags].to(operand_type(bag, centred=normalize))
             x, row_bias, row_rstd = read_tile(tile, bag, bias, normalize, eps, mean, rstd)
             weights = _softmax(tile_logits(a, x, row_bias, scale), lse[tile.bags])
-            d_logits = weights * _spread(d_weights, tile, group)
+            # by selection: where a weight is 0, its gradient may be infinite
+            d_logits = torch.where(weights == 0, 0.0, weights * _spread(d_weights, tile, group))
             if d_lse is not None:
                 d_lse[tile.bags] -= d_logits.sum(-1)
             if d_rows is not None:
@@ -101,7 +103,7 @@ def pool_weights_backward(
                 d_x = product((d_logits * scale).to(x.dtype).mT, a)
                 if normalize:
                     d_x = normalize_gradient(d_x, x.to(kind), row_rstd)
-                add_rows(d_bag, tile, d_x)
+                add_rows(d_bag, tile, included(d_x, row_bias))
     return d_rows, None if d_bag is None else d_bag.to(bag.dtype), d_lse, d_bias
 
 
@@ -113,6 +115,9 @@ def _softmax(logits: Tensor, lse: Tensor) -> Tensor:
 
 def _spread(d_weights: Tensor, tile: Tile, group: int) -> Tensor:
     """The gradient of each row's weight [B, R, n] from that of the means [total, R / group]."""
-    part = d_weights[tile.packed]
-    part = part[None] if isinstance(tile.packed, slice) else part
+    if isinstance(tile.packed, slice):
+        part = d_weights[tile.packed][None]
+    else:
+        # an empty bag at the end has its first row behind the last one
+        part = d_weights[tile.packed.clamp(max=d_weights.shape[0] - 1)]
     return part.mT.repeat_interleave(group, 1) / group

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from survfuse.native.core import native_core
 
 _CPU_TILE_BYTES = 4 << 20  # a tile is read three times, so it should stay in the cache
 _DEVICE_TILE_BYTES = 64 << 20
@@ -67,8 +70,29 @@ def _known_to_host(starts: Tensor) -> bool:
     return starts.device.type == "cpu"
 
 
+def operand_type(bag: Tensor, *, centred: bool) -> torch.dtype:
+    """The type in which tiles are multiplied: that of the bag where the sum still comes out wide.
+
+    torch's 16-bit products on the CPU round their result to 16 bits. That costs little only where
+    rows are centred (a mean far from zero would swallow what the softmax and its gradient are made
+    of), and pays only where the processor multiplies matrices of bf16.
+    """
+    if bag.dtype in (torch.float32, torch.float64) or bag.device.type == "cuda":
+        return bag.dtype
+    if bag.dtype == torch.bfloat16 and centred and multiplies_bf16():
+        return bag.dtype
+    return torch.float32
+
+
+@functools.cache
+def multiplies_bf16() -> bool:
+    """Whether this processor has matrix units for bf16 (AMX)."""
+    core = native_core()
+    return core is not None and bool(core.machine_info()["amx_bf16"])
+
+
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """left [B, m, k] @ right [B, k, n] with the sum in fp32 (fp64 for fp64)."""
+    """left [B, m, k] @ right [B, k, n]; fp32 (fp64 for fp64) whatever it multiplies."""
     if left.shape[0] == 1:
         left, right = left[0], right[0]
         return _wide(torch.mm, left, right)[None]
@@ -80,5 +104,5 @@ def _wide(multiply, left: Tensor, right: Tensor) -> Tensor:
         return multiply(left, right)
     if left.device.type == "cuda":
         return multiply(left, right, out_dtype=torch.float32)
-    # the CPU's 16-bit product sums in fp32 and rounds its result once
+    # sums in fp32 and rounds its result once: see operand_type
     return multiply(left, right).float()

@@ -353,8 +353,8 @@ def test_tiles_in_lockstep_match_tiles_bag_by_bag(monkeypatch) -> None:
 
     monkeypatch.setattr(module, "_MAX_ROWS", 16)
     monkeypatch.setattr(module, "_MIN_ROWS", 16)
-    for op, dropout in itertools.product((OPS[0], OPS[3]), (0.0, 0.3)):
-        call = op.make(CASES[5]).to(torch.float64)
+    for op, case, dropout in itertools.product((OPS[0], OPS[3]), (CASES[5], CASES[-1]), (0.0, 0.3)):
+        call = op.make(case).to(torch.float64)
         options = {"dropout_p": dropout} if op.has_dropout and dropout else {}
         outs = []
         for known in (True, False):
