@@ -34,9 +34,11 @@ ARROWS = {
     "evaluation": set(),
     "models": {"layers", "ops"},
     "layers": {"ops"},
-    "ops": {"reference", "tiled", "native", "triton_kernels"},
-    "native": {"_native", "tiled", "reference"},
-    "tiled": {"reference"},
+    "ops": {"reference", "tiled", "native", "native.core", "triton_kernels"},
+    "native": {"native.core", "tiled", "reference"},
+    "tiled": {"native.core", "reference"},
+    # the loaded core, apart from what is computed with it: it also knows the processor
+    "native.core": {"_native"},
     "reference": set(),
     "triton_kernels": set(),
     "data": set(),
@@ -138,7 +140,7 @@ def room_of(name: str) -> str | None:
     if parts[0] != "survfuse" or len(parts) < 2:
         return None
     two = ".".join(parts[1:3])
-    return two if two in NEUTRAL else parts[1]
+    return two if two in NEUTRAL or two in ARROWS else parts[1]
 
 
 ALL = modules()

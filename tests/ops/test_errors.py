@@ -171,6 +171,10 @@ OUTSIDE = {
     "before the start": (RAGGED._replace(starts=torch.tensor([-1, 4])), "bag 0 is rows -1 to 3"),
     "negative length": (RAGGED._replace(lengths=torch.tensor([4, -5])), "bag 1 is rows 4 to -1"),
     "far outside": (RAGGED._replace(starts=torch.tensor([2**40, 4])), f"bag 0 is rows {2**40}"),
+    "past 64 bits": (
+        RAGGED._replace(starts=torch.tensor([0, 2**63 - 1])),
+        f"bag 1 is rows {2**63 - 1}",
+    ),
 }
 HOST = {
     "total": (
@@ -198,47 +202,37 @@ WAYS = [
 
 @pytest.mark.parametrize(("op", "options"), WAYS)
 @pytest.mark.parametrize("case", [*OUTSIDE, *HOST])
-def test_ranges_are_checked_on_the_cpu(op: str, options: dict, case: str, request) -> None:
-    if options in ({"backend": "reference"}, {"absorb": "never"}):
-        request.applymarker(UNCHECKED)
+def test_ranges_are_checked_on_the_cpu(op: str, options: dict, case: str) -> None:
     ragged, message = (OUTSIDE | HOST)[case]
     refuses(ValueError, f"ragged: {message}", op, ragged=ragged, **options)
 
 
-@UNCHECKED
 @pytest.mark.parametrize(("op", "options"), WAYS)
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "found"),
     [
-        pytest.param(
-            {"starts": torch.tensor([0.0, 4.0])},
-            "ragged.starts is torch.float32 of shape (2,); it must be an int64 vector",
-            id="floating",
-        ),
-        pytest.param(
-            {"lengths": torch.tensor([4, 5], dtype=torch.int32)},
-            "ragged.lengths is torch.int32 of shape (2,); it must be an int64 vector",
-            id="int32",
-        ),
-        pytest.param(
-            {"starts": torch.tensor([[0, 4]])},
-            "ragged.starts is torch.int64 of shape (1, 2); it must be an int64 vector",
-            id="matrix",
-        ),
-        pytest.param({"lengths": [4, 5]}, "ragged.lengths is list; it must be a tensor", id="list"),
-        pytest.param(
-            {"starts": torch.tensor([0])},
-            "ragged.starts has 1 bags and ragged.lengths 2; they must have the same number",
-            id="number",
-        ),
+        ({"starts": torch.tensor([0.0, 4.0])}, "starts is torch.float32 of shape (2,)"),
+        ({"starts": torch.tensor([0, 4]).short()}, "starts is torch.int16 of shape (2,)"),
+        ({"lengths": torch.tensor([4, 5]).int()}, "lengths is torch.int32 of shape (2,)"),
+        ({"starts": torch.tensor([[0, 4]])}, "starts is torch.int64 of shape (1, 2)"),
+        ({"starts": torch.tensor([0])}, "starts is torch.int64 of shape (1,)"),
     ],
+    ids=["floating", "int16", "int32", "matrix", "fewer"],
 )
-def test_fields_of_a_ragged_made_by_hand(op, options, changes, message) -> None:
+def test_fields_of_a_ragged_made_by_hand(op, options, changes, found) -> None:
     """A launcher reads 64-bit integers where it is told to: nothing else may reach it."""
     # a missing check must fail this test and not the process, as the native launchers would
     options = {"backend": "tiled"} | options
-    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
-        call(op, ragged=RAGGED._replace(**changes), **options)
+    message = f"ragged.{found}; both must be int64 vectors of one length"
+    refuses(ValueError, message, op, ragged=RAGGED._replace(**changes), **options)
+
+
+@UNCHECKED
+@pytest.mark.parametrize("name", ["starts", "lengths"])
+@every_op
+def test_fields_of_a_ragged_are_tensors(op: str, name: str) -> None:
+    message = f"ragged.{name} is list; it must be"
+    refuses(TypeError, message, op, ragged=RAGGED._replace(**{name: [4, 5]}))
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.0, 1.5, float("nan"), float("inf")])
@@ -259,11 +253,16 @@ def test_unknown_absorption(op: str) -> None:
 
 
 @pytest.mark.parametrize(("op", "options"), [p for p in WAYS if "backend" not in p.values[1]])
-def test_unknown_backend(op: str, options: dict, request) -> None:
-    if options == {"absorb": "never"}:
-        request.applymarker(UNCHECKED)
+def test_unknown_backend(op: str, options: dict) -> None:
     message = "backend is 'cudnn'; it must be None or one of ('reference', 'tiled', "
     refuses(ValueError, message, op, backend="cudnn", **options)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize("op", ["tokens_attend_bag", "tokens_attend_bag_with_lse"])
+def test_kernels_form_no_keys(op: str, backend: str) -> None:
+    message = f'backend={backend!r} cannot serve this call: with absorb="never" K and V are formed'
+    refuses(RuntimeError, message, op, backend=backend, absorb="never")
 
 
 @pytest.mark.parametrize("backend", ["native", "triton"])
@@ -308,6 +307,12 @@ def test_lse_of_the_weights() -> None:
     refuses(ValueError, message, "pool_weights", reduce="heads")
     message = f"lse has shape (2, 6); it must be [{B}, {LQ}, {H}]"
     refuses(ValueError, message, "tokens_attend_bag_weights", lse=torch.zeros(B, R))
+
+
+def test_weights_need_rows() -> None:
+    message = f"rows has shape (2, 0, {D}); it must hold at least one row"
+    rows, lse = torch.zeros(B, 0, D), torch.zeros(B, 0)
+    refuses(ValueError, message, "pool_weights", rows=rows, lse=lse)
 
 
 def test_heads_need_channels() -> None:
@@ -367,12 +372,10 @@ class TestSelectedBackend:
         with pytest.raises(ValueError, match="backend is 'cudnn'; it must be None or one of"):
             ops.selected_backend("pool_bag", POOL["rows"], POOL["bag"], backend="cudnn")
 
-    @UNCHECKED
     def test_backend_the_op_does_not_have(self) -> None:
         with pytest.raises(RuntimeError, match="backend='native' cannot serve this call"):
             ops.selected_backend("pool_weights", POOL["rows"], POOL["bag"], backend="native")
 
-    @UNCHECKED
     def test_unknown_absorption(self) -> None:
         tensors = [ATTEND[name] for name in ("query", "bag", "w_k", "w_v")]
         with pytest.raises(ValueError, match="absorb is 'maybe'; it must be one of"):
