@@ -61,7 +61,12 @@ class Ragged(NamedTuple):
         offsets = _int_vector(offsets, "offsets", device)
         if offsets.numel() == 0:
             raise ValueError("offsets is empty; it must hold B + 1 cumulative row counts")
-        return cls.from_ranges(offsets[:-1], offsets.diff())
+        lengths = offsets.diff()
+        if int(offsets[0]) < 0 or bool((lengths < 0).any()):
+            raise ValueError(
+                "offsets starts below 0 or decreases; it must hold cumulative row counts"
+            )
+        return cls.from_ranges(offsets[:-1], lengths)
 
     @classmethod
     def from_jagged(cls, nested: Tensor) -> Ragged:
@@ -205,9 +210,12 @@ def as_packed(
         )
     if not isinstance(ragged, Ragged):
         raise TypeError(f"ragged is {type(ragged).__name__}; it must be a survfuse.Ragged")
+    n_ranges = len(ragged.lengths)
     for name, tensor in (("starts", ragged.starts), ("lengths", ragged.lengths)):
         # a Ragged made by hand, not by one of its constructors, can hold anything
-        if tensor.dtype != torch.int64 or tensor.shape != (ragged.lengths.shape[0],):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"ragged.{name} is {type(tensor).__name__}; it must be a tensor")
+        if tensor.dtype != torch.int64 or tensor.shape != (n_ranges,):
             raise ValueError(
                 f"ragged.{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; both must be "
                 "int64 vectors of one length"

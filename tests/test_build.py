@@ -344,7 +344,6 @@ def test_wheel(sources: Path, tmp_path: Path) -> None:
     assert set(header.get_all("Provides-Extra")) == extras
 
 
-@pytest.mark.xfail(strict=True, reason="the source distribution lacks csrc")
 def test_source_distribution_can_be_built(sources: Path, tmp_path: Path) -> None:
     """What `pip install survfuse-*.tar.gz` needs: the C++ sources and headers, and the kernels."""
     archive = call_backend(sources, "build_sdist", tmp_path / "sdist")

@@ -187,14 +187,8 @@ def run(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
 
 
-# typer imports pydantic by itself, before any code of ours can ask for it
-WAITING = {("pydantic", "survfuse train"): "typer asks for pydantic first"}
-
-
 @pytest.mark.parametrize(("library", "name"), [(key, n) for key in CALLS for n in CALLS[key][1]])
-def test_a_missing_library_is_named_with_its_extra(library, name, messages, request) -> None:
-    if (library, name) in WAITING:
-        request.applymarker(pytest.mark.xfail(strict=True, reason=WAITING[library, name]))
+def test_a_missing_library_is_named_with_its_extra(library, name, messages) -> None:
     extra, _ = CALLS[library]
     message = messages[library][name]
     assert message.startswith("ImportError: ")

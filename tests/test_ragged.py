@@ -181,7 +181,6 @@ def test_constructors_name_the_argument(make, message: str) -> None:
         make()
 
 
-@pytest.mark.xfail(strict=True, reason="not checked yet")
 @pytest.mark.parametrize("offsets", [[0, 3, 2], [-1, 3]])
 def test_offsets_that_decrease(offsets: list[int]) -> None:
     with pytest.raises(ValueError, match=r"^offsets .* must"):

@@ -112,10 +112,11 @@ def _help() -> str:
 
 
 def _describe(error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError) and error.name in ("typer", "rich"):
+    missing = (error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
+    # typer imports pydantic by itself, before any code of ours can ask for it
+    if isinstance(error, ModuleNotFoundError) and missing in ("typer", "rich", "pydantic"):
         return (
-            f'needs {error.name}: pip install "survfuse[train]" '
-            "(`survfuse doctor` works without it)"
+            f'needs {missing}: pip install "survfuse[train]" (`survfuse doctor` works without it)'
         )
     text = str(error).strip()
     if isinstance(error, (ValueError, OSError, ImportError, RuntimeError)) and text:

@@ -163,7 +163,7 @@ def _native() -> list[Finding]:
         gain = "the C++ kernels: several times faster attention over long bags on a CPU"
         cuda = Finding("native CUDA", "no", "no native core", "the CUDA C++ kernels")
         return [Finding("native CPU", "no", reason, gain), cuda]
-    info = dict(core.build_info())
+    info = {**core.build_info(), **core.machine_info()}
     isas = ", ".join(info.get("cpu_isas", [])) or "none"
     runs = info.get("cpu_isa")
     found = f"compiler {info.get('compiler', 'unknown')}; built for {isas}"

@@ -47,7 +47,7 @@ def check_dropout(dropout_p: float) -> None:
 
 def check_bias(bias: Tensor, bag: Tensor) -> Tensor:
     """`bias` as [T], one number per stored row; [B, N] beside a dense bag is accepted."""
-    if bag.dim() == 3 and bias.dim() == 2:
+    if bag.dim() == 3 and isinstance(bias, Tensor) and bias.dim() == 2:
         check_tensor("bias", bias, shape=tuple(bag.shape[:2]), device=bag.device)
     else:
         n_rows = bag.shape[0] if bag.dim() == 2 else bag.shape[0] * bag.shape[1]

@@ -10,11 +10,11 @@ import importlib
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from survfuse import reference
 from survfuse.ops.backends import select_backend
 from survfuse.ops.checks import check_bag, check_bias, check_dropout, check_tensor
+from survfuse.ops.flops import flop_formula
 from survfuse.ragged import Ragged, as_packed
 from survfuse.reference.dropout import draw_seed
 from survfuse.reference.pool_bag import PooledBag
@@ -131,6 +131,9 @@ def check_pooling(
         bias = check_bias(bias, bag)
     packed, ragged = as_packed(bag, ragged, rows.shape[0])
     if stats is not None:
+        if not isinstance(stats, tuple) or len(stats) != 2:
+            found = f"a tuple of {len(stats)}" if isinstance(stats, tuple) else type(stats).__name__
+            raise TypeError(f"stats is {found}; it must be a tuple of two tensors, (mean, rstd)")
         for name, tensor in zip(("stats mean", "stats rstd"), stats, strict=True):
             check_tensor(name, tensor, shape=(packed.shape[0],), device=bag.device)
     return packed, bias, ragged
@@ -351,12 +354,12 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 _backward.register_autograd(_no_double_backward)
 
 
-@register_flop_formula(torch.ops.survfuse.pool_bag)
+@flop_formula(torch.ops.survfuse.pool_bag)
 def _forward_flops(rows_shape, bag_shape, bias, starts, lengths, total, *rest, **_) -> int:
     return 4 * total * rows_shape[1] * rows_shape[2]
 
 
-@register_flop_formula(torch.ops.survfuse.pool_bag_backward)
+@flop_formula(torch.ops.survfuse.pool_bag_backward)
 def _backward_flops(dz, dlse, dws, rows_shape, bag_shape, bias, starts, lengths, total, *rest, **_):
     needs_bag = rest[-2]
     return (10 if needs_bag else 6) * total * rows_shape[1] * rows_shape[2]

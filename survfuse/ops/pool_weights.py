@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from survfuse import reference
 from survfuse.ops.backends import BACKENDS
 from survfuse.ops.checks import check_reduce, check_tensor
+from survfuse.ops.flops import flop_formula
 from survfuse.ops.pool_bag import (
     check_pooling,
     check_ranges,
@@ -70,7 +70,7 @@ def pool_weights(
     n_bags, n_rows = rows.shape[:2]
     if n_rows == 0:
         raise ValueError(f"rows has shape {tuple(rows.shape)}; it must hold at least one row")
-    if lse.dim() == 3:
+    if isinstance(lse, Tensor) and lse.dim() == 3:
         check_tensor("lse", lse, shape=(n_bags, "Lq", "H"), device=bag.device)
         if lse.shape[1] * lse.shape[2] != n_rows:
             raise ValueError(
@@ -246,11 +246,11 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 _backward.register_autograd(_no_double_backward)
 
 
-@register_flop_formula(torch.ops.survfuse.pool_weights)
+@flop_formula(torch.ops.survfuse.pool_weights)
 def _forward_flops(rows_shape, bag_shape, lse, bias, starts, lengths, total, *rest, **_) -> int:
     return 2 * total * rows_shape[1] * rows_shape[2]
 
 
-@register_flop_formula(torch.ops.survfuse.pool_weights_backward)
+@flop_formula(torch.ops.survfuse.pool_weights_backward)
 def _backward_flops(dw, rows_shape, bag_shape, lse, bias, starts, lengths, total, *rest, **_):
     return 4 * total * rows_shape[1] * rows_shape[2]
