@@ -38,7 +38,13 @@ CONFIG: dict[str, Any] = {
     "loss": {"name": "cox"},
     "optimizer": {"name": "adamw", "lr": 8e-3, "weight_decay": 0.5},
     "schedule": {"name": "cosine"},
-    "training": {"epochs": 20, "batch_size": 128, "patience": None, "seeds": [1]},
+    "training": {
+        "epochs": 20,
+        "batch_size": 128,
+        "patience": None,
+        "seeds": [1],
+        "threads": 1,
+    },
     "evaluation": {"baselines": ["only:genes", "only:slides", "mean_pool"]},
 }
 

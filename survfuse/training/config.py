@@ -207,6 +207,7 @@ class TrainingConfig:
         metric: what early stopping watches on the validation rows.
         seeds: one whole run (every fold) per seed.
         device: "auto" takes CUDA where there is one.
+        threads: CPU threads; None takes torch's own number. Small models are fastest with one.
         checkpoint_steps: also save a checkpoint every so many optimiser steps; None saves after
             every epoch only.
     """
@@ -221,6 +222,7 @@ class TrainingConfig:
     metric: Literal["loss", "c_index"] = "loss"
     seeds: tuple[int, ...] = (1,)
     device: str = "auto"
+    threads: int | None = None
     checkpoint_steps: int | None = None
 
 
@@ -330,6 +332,7 @@ def _check_numbers(config: TrainConfig) -> None:
         ("training.batch_size", training.batch_size, 1),
         ("training.accumulate", training.accumulate, 1),
         ("training.patience", training.patience, 1),
+        ("training.threads", training.threads, 1),
         ("training.checkpoint_steps", training.checkpoint_steps, 1),
         ("schedule.warmup_steps", config.schedule.warmup_steps, 0),
         ("optimizer.weight_decay", config.optimizer.weight_decay, 0.0),

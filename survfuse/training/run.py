@@ -260,7 +260,7 @@ def _check_or_write_head(
                 "folder"
             )
         return environment
-    environment = describe_environment(str(device))
+    environment = describe_environment(str(device), threads=config.training.threads)
     environment["cohort"] = {**cohort.summary(), "fingerprint": found}
     write_json(folder.environment, environment)
     # last: a folder with a configuration is a run

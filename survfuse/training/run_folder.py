@@ -176,8 +176,13 @@ def read_json(path: Path) -> Any:
         raise RunFolderError(f"{path} is not readable JSON: {error}") from None
 
 
-def describe_environment(device: str) -> dict[str, Any]:
-    """Versions and hardware that a result depends on."""
+def describe_environment(device: str, *, threads: int | None = None) -> dict[str, Any]:
+    """Versions and hardware that a result depends on.
+
+    Args:
+        device: where the run computes.
+        threads: CPU threads it was told to use; None for torch's own number.
+    """
     import importlib.metadata
 
     import torch
@@ -196,7 +201,7 @@ def describe_environment(device: str) -> dict[str, Any]:
         "platform": platform.platform(),
         "versions": versions,
         "device": device,
-        "threads": torch.get_num_threads(),
+        "threads": threads or torch.get_num_threads(),
     }
     if device.startswith("cuda"):
         described["gpu"] = torch.cuda.get_device_name(device)

@@ -182,7 +182,7 @@ def test_the_embedded_demo_is_the_shipped_configuration() -> None:
 
     assert parse_config(demo_config()) == load_config(CONFIGS / "demo.yaml")
     small = parse_config(demo_config(small=True)).data.simulation
-    assert (small.n_train, small.n_inner, small.n_test) == (200, 30, 100)
+    assert (small.n_train, small.n_inner, small.n_test) == (600, 100, 100)
 
 
 def test_the_kernel_is_measured_in_its_own_process_and_checked() -> None:
