@@ -56,7 +56,7 @@ CASES = (
         excluded=(5, 21, 69),
         norm=True,
     ),
-    Case("one row", ranges=((4, 1),), n_stored=6),
+    Case("one row, beside others", ranges=((4, 1), (0, 4)), n_stored=6),
     Case("nothing", ranges=((2, 0), (0, 0)), n_stored=3),
     Case("all excluded", ranges=((0, 3), (3, 3)), n_stored=6, excluded=(0, 1, 2)),
     Case("block - 1", ranges=((0, 63),), n_stored=63),
