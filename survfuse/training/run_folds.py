@@ -15,7 +15,7 @@ from survfuse.evaluation.predictions import FoldPredictions
 from survfuse.training.checkpoint import load_checkpoint, save_tensors
 from survfuse.training.config import TrainConfig
 from survfuse.training.folds import FoldPlan
-from survfuse.training.linear import fit_cox
+from survfuse.training.linear import cox_rows, fit_cox
 from survfuse.training.loop import FoldTask, train_fold
 from survfuse.training.model import NEURAL, build_model
 from survfuse.training.predictions import fold_name, make_predictions, score_rows, unit_table
@@ -125,10 +125,9 @@ def _run_fold(
         ]
         edges = prepared.edges if tables[0].logits is not None else None
     else:
-        risk, details = fit_cox(config, cohort, prepared, plan.split.train, plan.seed)
-        tables = [
-            unit_table(prepared, rows, risk[rows]) for rows in (plan.split.test, plan.split.train)
-        ]
+        fitted = cox_rows(config, plan.split)
+        risk, details = fit_cox(config, cohort, prepared, fitted, plan.seed)
+        tables = [unit_table(prepared, rows, risk[rows]) for rows in (plan.split.test, fitted)]
     fold = FoldPredictions(fold_name(plan.seed, plan.fold), *tables, edges)
     make_predictions(config, [fold]).save(files.path)
     files.finish(
