@@ -1,0 +1,71 @@
+"""The plain baseline model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from survfuse import Ragged
+from survfuse.batch import ArrayBatch, BagBatch, GraphBatch, TableBatch
+from survfuse.models.mean_pool import MeanPool, MeanPoolConfig, _mean
+
+
+def bag(lengths: list[int], width: int = 5) -> BagBatch:
+    ragged = Ragged.from_lengths(lengths)
+    return BagBatch(torch.randn(sum(lengths), width), ragged, ragged.lengths > 0)
+
+
+def model() -> MeanPool:
+    return MeanPool(MeanPoolConfig(width=8), {"rna": ("table", 3), "slides": ("bag", 5)}).eval()
+
+
+def test_pools_are_plain_means() -> None:
+    slides = bag([4, 0, 3])
+    expected = torch.stack(
+        [slides.features[:4].mean(0), torch.zeros(5), slides.features[4:].mean(0)]
+    )
+    torch.testing.assert_close(_mean(slides), expected)
+    graph = GraphBatch(*slides[:2], torch.empty(2, 0, dtype=torch.int64), slides.present)
+    torch.testing.assert_close(_mean(graph), expected)
+    values = torch.randn(2, 3, 4, 5)
+    values[1] = float("nan")
+    arrays = ArrayBatch(values, torch.tensor([True, False]))
+    found = _mean(arrays)
+    torch.testing.assert_close(found[0], values[0].mean((0, 1)))
+    assert (found[1] == 0).all()
+
+
+def test_an_absent_modality_adds_nothing_whatever_it_holds() -> None:
+    net, slides = model(), bag([4, 3])
+    rna = TableBatch(torch.randn(2, 3), torch.tensor([True, False]))
+    wild = TableBatch(rna.values.clone(), rna.present)
+    wild.values[1] = float("nan")
+    plain = net({"rna": rna, "slides": slides})
+    found = net({"rna": wild, "slides": slides})
+    torch.testing.assert_close(found.logits, plain.logits)
+    assert (found.embeddings["rna"][1] == 0).all()
+    net({"rna": wild, "slides": slides}).logits.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in net.parameters())
+
+
+def test_a_sample_does_not_depend_on_its_batch_or_on_the_order_of_patches() -> None:
+    net, slides = model(), bag([4, 3])
+    rna = TableBatch(torch.randn(2, 3), torch.ones(2, dtype=torch.bool))
+    both = net({"rna": rna, "slides": slides}).logits
+    turned = slides.features[4:].flip(0)
+    one = BagBatch(turned, Ragged.from_lengths([3]), torch.ones(1, dtype=torch.bool))
+    alone = net({"rna": TableBatch(rna.values[1:], rna.present[1:]), "slides": one}).logits
+    torch.testing.assert_close(alone[0], both[1])
+
+
+def test_errors_name_what_is_wrong() -> None:
+    with pytest.raises(ValueError, match="channels is empty"):
+        MeanPool(MeanPoolConfig(), {})
+    with pytest.raises(ValueError, match="width is 0"):
+        MeanPoolConfig(width=0)
+    with pytest.raises(ValueError, match=r"dropout is 1\.0"):
+        MeanPoolConfig(dropout=1.0)
+    with pytest.raises(KeyError, match="slides"):
+        model()({"rna": TableBatch(torch.zeros(1, 3), torch.ones(1, dtype=torch.bool))})
+    with pytest.raises(TypeError, match="no modality of type tuple"):
+        model()({"rna": (), "slides": ()})
