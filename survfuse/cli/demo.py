@@ -70,11 +70,13 @@ def demo_command(
     """
     from survfuse.training.config_files import parse_config
     from survfuse.training.run import fit
+    from survfuse.training.run_folder import RunFolder
 
     began = time.monotonic()
     config = parse_config(demo_config(small=small))
     with Display() as display:
-        result = fit(config, out, progress=display)
+        # called again, it goes on where it stopped
+        result = fit(config, out, resume=RunFolder(out).exists, progress=display)
     print_result(result)
     if small:
         patches //= 10

@@ -185,6 +185,23 @@ def test_the_embedded_demo_is_the_shipped_configuration() -> None:
     assert (small.n_train, small.n_inner, small.n_test) == (600, 100, 100)
 
 
+def test_the_demo_runs_and_runs_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import yaml
+
+    from survfuse.cli import demo
+
+    monkeypatch.setattr(demo, "demo_config", lambda small: yaml.safe_load(TINY))
+    monkeypatch.setattr(demo, "print_kernels", lambda patches: print(f"bag of {patches}"))
+    for _ in range(2):
+        assert call("demo", "--out", tmp_path / "demo", "--patches", 50_000, "--small") == 0
+        out = capsys.readouterr().out
+        assert "oracle" in out
+        assert "bag of 5000" in out
+    assert (tmp_path / "demo/figures/concordance.png").is_file()
+
+
 def test_the_kernel_is_measured_in_its_own_process_and_checked() -> None:
     from survfuse.cli.demo import largest_error, measure
 
