@@ -174,7 +174,7 @@ def _native() -> list[Finding]:
 def _native_cuda(info: dict[str, Any]) -> Finding:
     gain = "the CUDA C++ kernels"
     if not info.get("cuda"):
-        reason = "not built: nvcc was not found when the package was installed"
+        reason = "not built: nvcc was not found at installation, or SURVFUSE_BUILD=cpu was set"
         return Finding("native CUDA", "no", reason, gain)
     archs = ", ".join(str(arch) for arch in info.get("cuda_archs", []))
     found = f"built for {archs}"
