@@ -55,7 +55,8 @@ class _Call(NamedTuple):
             n_rows=self.shape[1],
             width=self.shape[2],
             aligned=self.stride_unit * self.bag.element_size() >= 16,
-            normalize=self.normalize and self.mean is None,
+            normalize=self.normalize,
+            given=self.mean is not None,
             dropout=self.seed is not None,
         )
 
@@ -64,7 +65,7 @@ class _Call(NamedTuple):
         """Of the device."""
         return shapes.device_limits(self.bag.device)
 
-    def plan(self, align: int, *, programs: int, row_bytes: int) -> shapes.Slots:
+    def plan(self, align: int, *, programs: float, row_bytes: int) -> shapes.Slots:
         """Cut the bags into slots of a multiple of `align` rows."""
         n_bags, n_rows, width = self.shape
         return shapes.plan_slots(
@@ -139,7 +140,8 @@ def pool_bag_forward(
 def _forward_narrow(call, shape, rows, pooled):
     n_bags, n_rows, _ = call.shape
     blocks = -(-n_rows // shape["BLOCK_R"])
-    slots = call.plan(shape["BLOCK_N"], programs=blocks, row_bytes=0)
+    resident = shapes.programs_per_processor(shape)
+    slots = call.plan(shape["BLOCK_N"], programs=blocks / resident, row_bytes=0)
     part, statistics = _partials(call, slots)
     state = _State(pooled, call)
     for first in range(0, slots.count, slots.chunk):
@@ -173,7 +175,7 @@ def _forward_narrow(call, shape, rows, pooled):
             **shape,
         )
         state.merge(part, statistics, first, chunk, slots.rows)
-    return state.result()
+    return state.results
 
 
 def _forward_wide(call, rows, pooled):
@@ -181,33 +183,31 @@ def _forward_wide(call, rows, pooled):
     state = _State(pooled, call)
     for first, chunk, slot_rows, part, statistics in _products(call, a, None, per_row):
         state.merge(part, statistics, first, chunk, slot_rows)
-    return state.result()
+    return state.results
 
 
 class _State:
-    """Results over the chunks so far: lse and weight_sum alternate between two buffers."""
+    """Results over the chunks so far. Maxima and sums alternate between two buffers: the programs
+    of one query row all read them, and one writes."""
 
     def __init__(self, pooled: Tensor, call: _Call) -> None:
         self.call = call
-        self.pooled = pooled
-        self.pair = pooled.new_empty((2, 2, *call.shape[:2]))
+        self.results = (pooled, *(pooled.new_empty(call.shape[:2]) for _ in range(2)))
+        self.pair = pooled.new_empty((2, 3, *call.shape[:2]))
         self.n_merged = 0
 
     def merge(self, part, statistics, first: int, chunk: int, slot_rows: int) -> None:
         call = self.call
         n_bags, n_rows, width = call.shape
-        old, new = self.pair[(self.n_merged + 1) % 2], self.pair[self.n_merged % 2]
         blocks = -(-width // _MERGE["BLOCK_D"])
         pool_bag_merge_kernel[(n_bags * n_rows * blocks,)](
             part,
             *statistics,
             call.starts,
             call.lengths,
-            self.pooled,
-            old[0],
-            old[1],
-            new[0],
-            new[1],
+            *self.results,
+            self.pair[(self.n_merged + 1) % 2],
+            self.pair[self.n_merged % 2],
             n_bags,
             call.bag.shape[0],
             n_rows,
@@ -220,10 +220,6 @@ class _State:
             **_MERGE,
         )
         self.n_merged += 1
-
-    def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        lse, weight_sum = self.pair[(self.n_merged + 1) % 2]
-        return self.pooled, lse, weight_sum
 
 
 def pool_bag_backward(
@@ -301,7 +297,8 @@ def _backward_rows(call, a, dz, per_row, d_rows) -> None:
             _sum_slots(call, part, d_rows, first, chunk, slot_rows)
         return
     blocks = -(-n_rows // shape["BLOCK_R"])
-    slots = call.plan(shape["BLOCK_N"], programs=blocks, row_bytes=0)
+    resident = shapes.programs_per_processor(shape)
+    slots = call.plan(shape["BLOCK_N"], programs=blocks / resident, row_bytes=0)
     part, _ = _partials(call, slots)
     for first in range(0, slots.count, slots.chunk):
         chunk = min(slots.chunk, slots.count - first)
@@ -339,7 +336,7 @@ def _backward_rows(call, a, dz, per_row, d_rows) -> None:
 def _backward_stored(call, a, dz, per_row, d_bag, d_bias) -> None:
     n_bags, n_rows, width = call.shape
     n_stored = call.bag.shape[0]
-    shape = shapes.trained_shape(call.problem, call.limits)
+    shape = shapes.trained_shape(call.problem)
     blocks = 1 if d_bag is None else -(-width // shape["BLOCK_D"])
     pool_bag_bwd_bag_kernel[(-(-n_stored // shape["BLOCK_N"]) * blocks,)](
         a,

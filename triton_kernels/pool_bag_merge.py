@@ -9,7 +9,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .pool_bag_scores import LOG2E
 from .ragged import slots_of_bag
 
 _RUNTIME = ["n_bags", "n_stored", "n_rows", "first_slot", "n_slots", "rows_per_slot"]
@@ -24,10 +23,10 @@ def pool_bag_merge_kernel(
     starts_ptr,  # [B] in
     lengths_ptr,  # [B] in
     pooled_ptr,  # [B, R, D] in, out
-    old_lse_ptr,  # [B, R] in
-    old_weight_ptr,  # [B, R] in
     lse_ptr,  # [B, R] out
-    weight_ptr,  # [B, R] out
+    weight_sum_ptr,  # [B, R] out
+    old_ptr,  # [3, B, R] in    planes max, sum, kept sum over the chunks before
+    new_ptr,  # [3, B, R] out
     n_bags,
     n_stored,
     n_rows,
@@ -40,7 +39,10 @@ def pool_bag_merge_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Merge normalised results with a chunk of partials. Grid: (B * R * cdiv(D, BLOCK_D),)."""
+    """Merge normalised results with a chunk of partials. Grid: (B * R * cdiv(D, BLOCK_D),).
+
+    The state is not read back from lse, which would lose digits with every chunk.
+    """
     D_BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     d_block = tl.program_id(0) % D_BLOCKS
     out = (tl.program_id(0) // D_BLOCKS).to(tl.int64)
@@ -52,9 +54,12 @@ def pool_bag_merge_kernel(
     cols = d_block * BLOCK_D + tl.arange(0, BLOCK_D)
     offs_s = tl.arange(0, BLOCK_S)
 
+    plane = n_bags.to(tl.int64) * n_rows
     old_max = tl.full((), -float("inf"), tl.float32)
+    total = tl.zeros((), tl.float32)
     if not FIRST:
-        old_max = tl.load(old_lse_ptr + out) * LOG2E
+        old_max = tl.load(old_ptr + out)
+        total = tl.load(old_ptr + plane + out)
     largest = old_max
     for s0 in range(begin, end, BLOCK_S):
         at = (s0 + offs_s).to(tl.int64) * n_rows + row
@@ -64,16 +69,16 @@ def pool_bag_merge_kernel(
         )
     finite = tl.where(largest == -float("inf"), 0.0, largest)
 
-    total = tl.exp2(old_max - finite)
+    total = total * tl.exp(old_max - finite)
     weight = tl.zeros((), tl.float32)
     acc = tl.zeros((BLOCK_D,), tl.float32)
     if not FIRST:
-        weight = tl.load(old_weight_ptr + out) * total
+        weight = tl.load(old_ptr + 2 * plane + out) * tl.exp(old_max - finite)
         acc = tl.load(pooled_ptr + out * D + cols, mask=cols < D, other=0.0) * total
     for s0 in range(begin, end, BLOCK_S):
         at = (s0 + offs_s).to(tl.int64) * n_rows + row
         inside = s0 + offs_s < end
-        share = tl.exp2(tl.load(part_max_ptr + at, mask=inside, other=-float("inf")) - finite)
+        share = tl.exp(tl.load(part_max_ptr + at, mask=inside, other=-float("inf")) - finite)
         total += tl.sum(share * tl.load(part_sum_ptr + at, mask=inside, other=0.0), 0)
         kept = tl.load(part_weight_ptr + at, mask=inside, other=0.0)
         weight += tl.sum(share * kept, 0) * keep_scale
@@ -89,9 +94,12 @@ def pool_bag_merge_kernel(
     divisor = tl.where(empty, 1.0, total)
     tl.store(pooled_ptr + out * D + cols, acc / divisor, mask=cols < D)
     if d_block == 0:
-        lse = (finite + tl.log2(divisor)) / LOG2E
-        tl.store(lse_ptr + out, tl.where(empty, -float("inf"), lse))
-        tl.store(weight_ptr + out, weight / divisor)
+        tl.store(new_ptr + out, largest)
+        tl.store(new_ptr + plane + out, total)
+        tl.store(new_ptr + 2 * plane + out, weight)
+        lse = tl.where(empty, -float("inf"), finite + tl.log(divisor))
+        tl.store(lse_ptr + out, lse)
+        tl.store(weight_sum_ptr + out, weight / divisor)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .pool_bag_scores import LOG2E, load_bias, load_per_row, score_gradient
+from .pool_bag_scores import load_bias, load_per_row, score_gradient
 from .ragged import keep_mask, rows_of_slot
 
 
@@ -48,9 +48,9 @@ def load_tile(
 def normalize_tile(x, rows, ok, mean_ptr, rstd_ptr, eps, D: tl.constexpr):
     """The tile ready for its dots, and each row's remaining mean and rstd.
 
-    fp32 tiles have their mean subtracted here and keep a remainder of 0. 16-bit tiles stay as they
-    are, since rounding x - mean again would cost digits: their mean leaves the scores through the
-    sum of the query row.
+    fp32 tiles have their mean subtracted here, and what rounding left of it remains. 16-bit tiles
+    stay as they are, since rounding x - mean again would cost digits: their mean leaves the scores
+    through the sum of the query row.
     """
     GROUPS: tl.constexpr = x.shape[0]
     BLOCK_K: tl.constexpr = x.shape[2]
@@ -60,16 +60,19 @@ def normalize_tile(x, rows, ok, mean_ptr, rstd_ptr, eps, D: tl.constexpr):
         rstd = tl.load(rstd_ptr + rows, mask=ok, other=0.0)
     else:
         mean = tl.sum(tl.sum(x.to(tl.float32), 2), 0) / D
-        spread = x.to(tl.float32) - mean[None, :, None]
+    rest = tl.zeros_like(mean)
+    if mean_ptr is None or x.dtype == tl.float32:
+        centred = x.to(tl.float32) - mean[None, :, None]
         if GROUPS * BLOCK_K != D:
-            spread = tl.where(inside, spread, 0.0)
-        variance = tl.sum(tl.sum(spread * spread, 2), 0) / D
+            centred = tl.where(inside, centred, 0.0)
+    if mean_ptr is None:
+        if x.dtype == tl.float32:
+            rest = tl.sum(tl.sum(centred, 2), 0) / D
+        variance = tl.sum(tl.sum(centred * centred, 2), 0) / D - rest * rest
         rstd = tl.where(ok, tl.rsqrt(variance + eps), 0.0)
     if x.dtype == tl.float32:
-        x = x - mean[None, :, None]
-        if GROUPS * BLOCK_K != D:
-            x = tl.where(inside, x, 0.0)
-        mean = tl.zeros_like(mean)
+        x = centred
+        mean = rest
     return x, mean, rstd
 
 
@@ -114,23 +117,25 @@ def store_partial(
     D: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    NORMALIZE: tl.constexpr,
+    CENTRE: tl.constexpr,
 ):
-    """Write an accumulator times `factor`, less its mean over columns under normalisation.
+    """Write an accumulator times `factor`, less its mean over columns where CENTRE.
 
     x_hat sums to 0 over its columns, hence so does every sum of it: the identity is exact, and it
-    removes what the means of 16-bit rows left in the accumulator.
+    removes what the means of the rows left in the accumulator.
     """
     if dtype == tl.float32:
         r = out[None, :, None]
         cols = columns(GROUPS, BLOCK_K)
         mask = mask_r[None, :, None] & (cols < D)
+        if CENTRE:
+            acc = acc - (tl.sum(tl.sum(acc, 2), 0) / D)[None, :, None]
         acc = acc * factor[None, :, None]
     else:
         r = out[None, None, :]
         cols = tl.trans(columns(GROUPS, BLOCK_K), 0, 2, 1)
         mask = mask_r[None, None, :] & (cols < D)
-        if NORMALIZE:
+        if CENTRE:
             acc = acc - (tl.sum(tl.sum(acc, 1), 0) / D)[None, None, :]
         acc = acc * factor[None, None, :]
     tl.store(part_ptr + r * D + cols, acc, mask=mask)
@@ -146,7 +151,7 @@ def round_rows(rows, dtype: tl.constexpr):
     factor = tl.zeros((rows.shape[1],), tl.float32) + 1.0
     if dtype == tl.float16:
         largest = tl.max(tl.max(tl.abs(rows), 2), 0)
-        factor = tl.exp2(tl.floor(tl.log2(tl.where(largest > 0, largest, 1.0))))
+        factor = tl.exp2(tl.floor(tl.log2(tl.where(largest > 1e-30, largest, 1.0))))
         rows = rows / factor[None, :, None]
     return rows.to(dtype), factor
 
@@ -165,8 +170,8 @@ def pool_bag_fwd_kernel(
     starts_ptr,  # [B] in
     lengths_ptr,  # [B] in
     part_ptr,  # [C, R, D] out   unnormalised sums of this chunk's slots
-    part_max_ptr,  # [C, R] out   largest logit, base 2
-    part_sum_ptr,  # [C, R] out   sum of exp2(logit - max)
+    part_max_ptr,  # [C, R] out   largest logit
+    part_sum_ptr,  # [C, R] out   sum of exp(logit - max)
     part_weight_ptr,  # [C, R] out   the same over kept weights
     n_bags,
     n_stored,
@@ -209,7 +214,7 @@ def pool_bag_fwd_kernel(
     a, factor = round_rows(load_tile(rows_ptr, row_at, mask_r, D, GROUPS, BLOCK_K), dtype)
     a_sum = tl.sum(tl.sum(a.to(tl.float32), 2), 0)
     a = tl.trans(a, 0, 2, 1)
-    factor = factor * (scale * LOG2E)
+    factor = factor * scale
 
     acc = empty_accumulator(dtype, GROUPS, BLOCK_R, BLOCK_K)
     largest = tl.full((BLOCK_R,), -float("inf"), tl.float32)
@@ -229,8 +234,8 @@ def pool_bag_fwd_kernel(
         logits = tl.where(ok[:, None], logits, -float("inf"))
         new = tl.maximum(largest, tl.max(logits, 0))
         finite = tl.where(new == -float("inf"), 0.0, new)
-        shrink = tl.exp2(largest - finite)
-        weights = tl.exp2(logits - finite[None, :])
+        shrink = tl.exp(largest - finite)
+        weights = tl.exp(logits - finite[None, :])
         largest = new
         total = total * shrink + tl.sum(weights, 0)
         if seed_ptr is not None:
@@ -244,7 +249,8 @@ def pool_bag_fwd_kernel(
 
     out = local_slot * n_rows + offs_r
     one = tl.zeros((BLOCK_R,), tl.float32) + 1.0
-    store_partial(part_ptr, out, mask_r, acc, one, dtype, D, GROUPS, BLOCK_K, NORMALIZE)
+    CENTRE: tl.constexpr = NORMALIZE and (dtype != tl.float32 or mean_ptr is None)
+    store_partial(part_ptr, out, mask_r, acc, one, dtype, D, GROUPS, BLOCK_K, CENTRE)
     tl.store(part_max_ptr + out, largest, mask=mask_r)
     tl.store(part_sum_ptr + out, total, mask=mask_r)
     tl.store(part_weight_ptr + out, total if seed_ptr is None else kept, mask=mask_r)
@@ -319,7 +325,7 @@ def pool_bag_bwd_rows_kernel(
             rstd = mean
         s = tl.sum(tl.dot(x, a, input_precision=PRECISION), 0)
         dp = tl.sum(tl.dot(x, dz, input_precision=PRECISION), 0)
-        _, ds, _, _ = score_gradient(
+        _weights, ds, _s, _dp = score_gradient(
             s,
             dp,
             bias,
@@ -342,7 +348,7 @@ def pool_bag_bwd_rows_kernel(
         if dtype == tl.float16:
             # ds shrinks with the bag's length and with the loss: keep the largest so far at 1
             new = tl.maximum(unit, tl.max(tl.abs(ds), 0))
-            safe = tl.where(new > 0, new, 1.0)
+            safe = tl.where(new > 1e-30, new, 1.0)
             ds = ds / safe[None, :]
             shrink = unit / safe
             unit = new
@@ -352,4 +358,5 @@ def pool_bag_bwd_rows_kernel(
 
     out = local_slot * n_rows + offs_r
     factor = (unit if dtype == tl.float16 else unit + 1.0) * scale
-    store_partial(part_ptr, out, mask_r, acc, factor, dtype, D, GROUPS, BLOCK_K, NORMALIZE)
+    CENTRE: tl.constexpr = NORMALIZE and (dtype != tl.float32 or mean_ptr is None)
+    store_partial(part_ptr, out, mask_r, acc, factor, dtype, D, GROUPS, BLOCK_K, CENTRE)

@@ -1,6 +1,6 @@
 """Scores of a tile of a bag against query rows, and their gradient: what the pooling kernels share.
 
-Math: docs/math.md, "Pooling".  Logits are held in base 2 (exp2 is the hardware's exponential).
+Math: docs/math.md, "Pooling".
 """
 
 from __future__ import annotations
@@ -10,19 +10,18 @@ import triton.language as tl
 
 from .ragged import keep_mask
 
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 # planes of `per_row`, the [7, B, R] fp32 array that pool_bag_prepare_kernel fills
 N_PLANES: tl.constexpr = tl.constexpr(7)
 
 
 @triton.jit
 def load_bias(bias_ptr, rows, ok):
-    """[N] bias in base 2, and which rows take part: inside the bag and not excluded by -inf.
+    """[N] bias, and which rows take part: inside the bag and not excluded by -inf.
 
     The bag is loaded under that mask with other=0, so an excluded row may hold NaN.
     """
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + rows, mask=ok, other=-float("inf")).to(tl.float32) * LOG2E
+        bias = tl.load(bias_ptr + rows, mask=ok, other=-float("inf")).to(tl.float32)
         ok = ok & (bias != -float("inf"))
     else:
         bias = tl.zeros(rows.shape, tl.float32)
@@ -47,7 +46,7 @@ def load_per_row(per_row_ptr, at, plane, mask):
 def score_gradient(
     s,  # [N, R] x . a, raw
     dp,  # [N, R] x . dz, raw
-    bias,  # [N] base 2
+    bias,  # [N]
     ok,  # [N] rows that take part
     mean,  # [N] what is left to subtract of the mean
     rstd,  # [N]
@@ -73,8 +72,8 @@ def score_gradient(
     else:
         s = s * scale
     included = ok[:, None] & (lse != -float("inf"))[None, :]
-    shifted = s * LOG2E + bias[:, None] - tl.where(lse == -float("inf"), 0.0, lse)[None, :]
-    p = tl.exp2(tl.where(included, shifted, -float("inf")))
+    shifted = s + bias[:, None] - tl.where(lse == -float("inf"), 0.0, lse)[None, :]
+    p = tl.exp(tl.where(included, shifted, -float("inf")))
     weights = p
     upstream = dp + d_weight[None, :]
     if seed_ptr is not None:
@@ -162,8 +161,9 @@ def score_tile(
     """Raw x . a and x . dz of a tile over all columns, each stored row read once.
 
     Returns s, dp [N, R], then per row: the mean still to be subtracted from the raw scores, the
-    whole mean, and rstd. fp32 rows are shifted on load, by their mean where it is given and else by
-    their first value, so that a mean far from 0 costs no digits; 16-bit rows stay exact as stored.
+    shift that was subtracted on load, and rstd. fp32 rows are shifted, by their mean where it is
+    given and else by their first value, so that a mean far from 0 costs no digits; 16-bit rows stay
+    exact as stored.
     """
     row_at = rows * stride_bag_row
     s = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
@@ -233,7 +233,7 @@ def score_tile(
         rstd = tl.load(rstd_ptr + rows, mask=ok, other=0.0)
     else:
         rstd = tl.zeros((BLOCK_N,), tl.float32)
-    return s, dp, rel, rel + shift, rstd
+    return s, dp, rel, shift, rstd
 
 
 @triton.jit
@@ -245,7 +245,7 @@ def _round(values, dtype: tl.constexpr):
     factor = tl.full((), 1.0, tl.float32)
     if dtype == tl.float16:
         largest = tl.max(tl.abs(values), 0)
-        factor = tl.exp2(tl.floor(tl.log2(tl.where(largest > 0, largest, 1.0))))
+        factor = tl.exp2(tl.floor(tl.log2(tl.where(largest > 1e-30, largest, 1.0))))
         values = values / factor
     rounded = values.to(dtype)
     return rounded, factor, tl.sum(rounded.to(tl.float32), 0)
@@ -296,5 +296,5 @@ def pool_bag_prepare_kernel(
         tl.store(per_row_ptr + 2 * plane + at, total)
         tl.store(per_row_ptr + 3 * plane + at, factor)
         tl.store(per_row_ptr + 4 * plane + at, delta)
-        tl.store(per_row_ptr + 5 * plane + at, tl.load(lse_ptr + at) * LOG2E)
+        tl.store(per_row_ptr + 5 * plane + at, tl.load(lse_ptr + at))
         tl.store(per_row_ptr + 6 * plane + at, d_weight)

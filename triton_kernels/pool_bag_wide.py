@@ -3,7 +3,7 @@
 Contract: survfuse/ops/pool_bag.py.  Oracle: survfuse/reference/pool_bag.py.  Math: docs/math.md,
 "Pooling".  Layout: a chunk of slots is scored by programs over (tile of BLOCK_T rows, block of
 query rows), which keep [rows, R] coefficients in the type of the bag and, per tile and query row,
-the power of two they stand for; then programs over (slot, query rows, columns) multiply them with
+the exponent they stand over; then programs over (slot, query rows, columns) multiply them with
 the bag. The chunk is sized so that all of it fits the workspace.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .pool_bag_scores import LOG2E, load_bias, load_per_row, score_gradient, score_tile
+from .pool_bag_scores import load_bias, load_per_row, score_gradient, score_tile
 from .ragged import keep_mask, rows_of_slot
 
 _RUNTIME = ["n_bags", "n_stored", "n_rows", "first_slot", "rows_per_slot", "threshold"]
@@ -30,11 +30,11 @@ def pool_bag_scores_kernel(
     seed_ptr,  # [1] in          or None
     starts_ptr,  # [B] in
     lengths_ptr,  # [B] in
-    coef_ptr,  # [C * rows_per_slot, R] out   weight (or d_logit) * rstd over 2^tile_ref
+    coef_ptr,  # [C * rows_per_slot, R] out   weight (or d_logit) * rstd over exp(tile_ref)
     row_mean_ptr,  # [C * rows_per_slot] out  mean of each row, fp32 bags under normalisation
     tile_ref_ptr,  # [tiles, R] out
-    tile_mean_ptr,  # [tiles, R] out   sum of coef * mean, 16-bit bags under normalisation
-    tile_sum_ptr,  # [tiles, R] out   forward: sum of exp2(logit - tile_ref)
+    tile_mean_ptr,  # [tiles, R] out   under normalisation: sum of coef * mean not yet subtracted
+    tile_sum_ptr,  # [tiles, R] out   forward: sum of exp(logit - tile_ref)
     tile_weight_ptr,  # [tiles, R] out   forward: the same over kept weights
     n_bags,
     n_stored,
@@ -55,7 +55,7 @@ def pool_bag_scores_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Coefficients of one tile. Grid: (tiles * cdiv(R, BLOCK_R),), tiles = C * rows_per_slot / T."""
+    """Coefficients of one tile. Grid: (C * rows_per_slot / BLOCK_T * cdiv(R, BLOCK_R),)."""
     n_blocks = tl.cdiv(n_rows, BLOCK_R)
     tile = (tl.program_id(0) // n_blocks).to(tl.int64)
     offs_r = tl.program_id(0) % n_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -77,7 +77,7 @@ def pool_bag_scores_kernel(
     rows = first_row + offs_n
     bias, ok = load_bias(bias_ptr, rows, offs_n < count)
     at = bag.to(tl.int64) * n_rows + offs_r
-    s, dp, rel, mean, rstd = score_tile(
+    s, dp, rel, shift, rstd = score_tile(
         bag_ptr,
         rows,
         ok,
@@ -122,18 +122,18 @@ def pool_bag_scores_kernel(
         if NORMALIZE:
             coef = coef * rstd[:, None]
         largest = tl.max(tl.abs(coef), 0)
-        unit = tl.where(largest > 0, largest, 1.0)
+        unit = tl.where(largest > 1e-30, largest, 1.0)
         coef = coef / unit[None, :]
-        ref = tl.where(largest > 0, tl.log2(unit), -float("inf"))
+        ref = tl.where(largest > 1e-30, tl.log(unit), -float("inf"))
     else:
         a_sum = tl.load(per_row_ptr + at, mask=mask_r, other=0.0)
         factor = tl.load(per_row_ptr + n_bags.to(tl.int64) * n_rows + at, mask=mask_r, other=0.0)
         if NORMALIZE:
             s = (s - rel[:, None] * a_sum[None, :]) * rstd[:, None]
-        s = s * (factor * (scale * LOG2E))[None, :] + bias[:, None]
+        s = s * (factor * scale)[None, :] + bias[:, None]
         s = tl.where(ok[:, None], s, -float("inf"))
         ref = tl.max(s, 0)
-        coef = tl.exp2(s - tl.where(ref == -float("inf"), 0.0, ref)[None, :])
+        coef = tl.exp(s - tl.where(ref == -float("inf"), 0.0, ref)[None, :])
         total = tl.sum(coef, 0)
         tl.store(tile_sum_ptr + tile_at, total, mask=mask_r)
         if seed_ptr is not None:
@@ -158,13 +158,16 @@ def pool_bag_scores_kernel(
         mask=mask_r[None, :],
     )
     if NORMALIZE:
+        rest = rel
         if dtype == tl.float32:
+            # the product subtracts the mean on load, all but what rounding leaves of it
+            mean = rel + shift
+            rest = rel - (mean - shift)
             if tl.program_id(0) % n_blocks == 0:
                 tl.store(row_mean_ptr + scratch, mean)
-        else:
-            # of the rounded coefficients, as the product with the bag will see them
-            tile_mean = tl.sum(rounded.to(tl.float32) * mean[:, None], 0)
-            tl.store(tile_mean_ptr + tile_at, tile_mean, mask=mask_r)
+        # of the rounded coefficients, as the product with the bag will see them
+        tile_mean = tl.sum(rounded.to(tl.float32) * rest[:, None], 0)
+        tl.store(tile_mean_ptr + tile_at, tile_mean, mask=mask_r)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -211,7 +214,7 @@ def pool_bag_product_kernel(
     offs_r = tl.program_id(0) % n_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
     d_block = tl.program_id(0) // n_blocks % D_BLOCKS
     local_slot = (tl.program_id(0) // n_blocks // D_BLOCKS).to(tl.int64)
-    bag, first_row, position, count = rows_of_slot(
+    bag, first_row, _position, count = rows_of_slot(
         first_slot + local_slot.to(tl.int32),
         starts_ptr,
         lengths_ptr,
@@ -232,7 +235,7 @@ def pool_bag_product_kernel(
     largest = tl.full((BLOCK_R,), -float("inf"), tl.float32)
     for n0 in range(0, count, BLOCK_N):
         rows = first_row + n0 + offs_n
-        _, ok = load_bias(bias_ptr, rows, n0 + offs_n < count)
+        _bias, ok = load_bias(bias_ptr, rows, n0 + offs_n < count)
         mask_x = ok[:, None]
         if D % BLOCK_D != 0:
             mask_x = mask_x & (cols < D)[None, :]
@@ -254,14 +257,14 @@ def pool_bag_product_kernel(
         ref = tl.load(tile_ref_ptr + tile_at, mask=mask_r, other=-float("inf"))
         new = tl.maximum(largest, ref)
         finite = tl.where(new == -float("inf"), 0.0, new)
-        shrink = tl.exp2(largest - finite)
-        share = tl.exp2(ref - finite)
+        shrink = tl.exp(largest - finite)
+        share = tl.exp(ref - finite)
         largest = new
         product = tl.dot(tl.trans(coef), x, input_precision=PRECISION)
         acc = acc * shrink[:, None] + product * share[:, None]
         # what a tile gives once is added at its first step
         share = tl.where(n0 % BLOCK_T == 0, share, 0.0)
-        if NORMALIZE and dtype != tl.float32:
+        if NORMALIZE:
             part = tl.load(tile_mean_ptr + tile_at, mask=mask_r, other=0.0)
             mean_sum = mean_sum * shrink + part * share
         if tile_sum_ptr is not None:
@@ -270,11 +273,11 @@ def pool_bag_product_kernel(
             part = tl.load(tile_weight_ptr + tile_at, mask=mask_r, other=0.0)
             kept = kept * shrink + part * share
 
-    if NORMALIZE and dtype != tl.float32:
+    if NORMALIZE:
         acc = acc - mean_sum[:, None]
     out = local_slot * n_rows + offs_r
     if tile_sum_ptr is None:
-        acc = acc * (tl.exp2(largest) * scale)[:, None]
+        acc = acc * (tl.exp(largest) * scale)[:, None]
     elif d_block == 0:
         tl.store(part_max_ptr + out, largest, mask=mask_r)
         tl.store(part_sum_ptr + out, total, mask=mask_r)
