@@ -176,14 +176,25 @@ def test_preset_builds_the_released_model(cohort: str | None) -> None:
     HEALNet(preset).load_state_dict(loaded.state_dict())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("tied", [False, True])
-def test_twenty_training_steps_equal_the_transcription(tied: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("tied", [True, False])
+def test_twenty_training_steps_equal_the_transcription(tied: bool) -> None:
     """Copied weights, dropout 0, Adam: the losses of twenty steps and the weights at their end.
 
-    In fp64 nothing but a different formula could drive the two apart; in fp32 Adam turns the
-    rounding of a gradient near zero into a step of full size.
+    In fp64 nothing but a different formula could drive the two apart. In fp32 Adam turns the
+    rounding of a gradient near zero into a step of full size, which carries the transcription itself
+    away from its fp64 self; we may be no farther from there.
     """
+    exact, copied, model = _train_both(tied, torch.float64)
+    torch.testing.assert_close(exact[1], exact[0], rtol=1e-9, atol=1e-9)
+    for key, value in copied.items():
+        torch.testing.assert_close(model[key], value, rtol=0, atol=1e-9, msg=key)
+    rounded, *_ = _train_both(tied, torch.float32)
+    drift, ours = ((losses.double() - exact[0]).abs().max() for losses in rounded)
+    assert ours <= 1e-4 + 2 * drift
+
+
+def _train_both(tied: bool, dtype: torch.dtype) -> tuple[Tensor, dict, dict]:
+    """Losses [2, 20] of the transcription and of ours; both models' weights, ours by name."""
     spec = SMALL.but(depth=3, weight_tie_layers=tied, x_heads=2, l_heads=2)
     # `to` would part the entries that tied layers have in common
     shared: dict[int, Tensor] = {}
@@ -196,11 +207,10 @@ def test_twenty_training_steps_equal_the_transcription(tied: bool, dtype: torch.
     ours = torch.optim.Adam(model.parameters(), lr=1e-3)
     tensors = [tensor.to(dtype) for tensor in arrays(spec, n_samples=6)]
     label = torch.arange(6) % 4
-    tolerance = 1e-4 if dtype == torch.float32 else 1e-9
+    losses = []
     for step in range(20):
         # one modality is missing now and then, as in training on a cohort
         given = [None if step % 5 == 3 and m == 1 else tensor for m, tensor in enumerate(tensors)]
-        losses = []
         for optimizer, forward in (
             (theirs, lambda given=given: released_forward(parameters, spec, given)),
             (ours, lambda given=given: model(as_inputs(given)).logits),
@@ -210,12 +220,9 @@ def test_twenty_training_steps_equal_the_transcription(tied: bool, dtype: torch.
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
-        torch.testing.assert_close(losses[1], losses[0], rtol=tolerance, atol=tolerance)
     trained = {key: value.detach() for key, value in parameters.items()}
-    copied = HEALNet.from_released(trained, **spec.arguments())
-    for key, value in copied.state_dict().items():
-        assert value.dtype == dtype
-        torch.testing.assert_close(model.state_dict()[key], value, rtol=0, atol=tolerance, msg=key)
+    copied = HEALNet.from_released(trained, **spec.arguments()).state_dict()
+    return torch.stack(losses).view(20, 2).T, copied, model.state_dict()
 
 
 def test_wrong_weights_and_arguments_are_refused() -> None:
