@@ -181,8 +181,8 @@ def test_twenty_training_steps_equal_the_transcription(tied: bool) -> None:
     """Copied weights, dropout 0, Adam: the losses of twenty steps and the weights at their end.
 
     In fp64 nothing but a different formula could drive the two apart. In fp32 Adam turns the
-    rounding of a gradient near zero into a step of full size, which carries the transcription itself
-    away from its fp64 self; we may be no farther from there.
+    rounding of a gradient near zero into a step of full size, which carries the transcription
+    itself away from its fp64 self; we may be no farther from there.
     """
     exact, copied, model = _train_both(tied, torch.float64)
     torch.testing.assert_close(exact[1], exact[0], rtol=1e-9, atol=1e-9)
