@@ -291,7 +291,8 @@ def pool_bag_prepare_kernel(
         tl.store(dz_ptr + at * PADDED + cols, dz, mask=cols < PADDED)
         z = tl.load(pooled_ptr + at * D + cols, mask=mask, other=0.0)
         d_weight = tl.load(d_weight_sum_ptr + at)
-        delta = tl.sum(dz.to(tl.float32) * z, 0) * factor
+        # what dz . x and dz . z have in common cancels later: this sum adds no rounding of its own
+        delta = tl.sum(dz.to(tl.float64) * z.to(tl.float64), 0).to(tl.float32) * factor
         delta += d_weight * tl.load(weight_sum_ptr + at) - tl.load(d_lse_ptr + at)
         tl.store(per_row_ptr + 2 * plane + at, total)
         tl.store(per_row_ptr + 3 * plane + at, factor)

@@ -78,7 +78,8 @@ def narrow_shape(problem: Problem, limits: Limits, *, backward: bool) -> dict[st
             fixed, extra = operands + 16384, 0
         else:
             groups = block_d // (32 if backward and block_d == MAX_NARROW_WIDTH else 16)
-            choices = [(16, 2), (16, 1)] if not normalize or (backward and given) else [(16, 1)]
+            deep = not normalize or (backward and given and block_d == MAX_NARROW_WIDTH)
+            choices = [(16, 2), (16, 1)] if deep else [(16, 1)]
             # operands of scalar products lie in shared memory, the weights of every group too
             fixed, extra = operands + groups * block_r * 64, int(normalize)
         for block_n, stages in choices:
@@ -100,6 +101,10 @@ def narrow_shape(problem: Problem, limits: Limits, *, backward: bool) -> dict[st
     return None
 
 
+def _stages(limits: Limits) -> int:
+    return 3 if limits.shared_bytes > 100_000 else 2
+
+
 def programs_per_processor(shape: dict[str, int]) -> int:
     """How many programs of a narrow shape are resident together, by registers."""
     return 2 if shape["BLOCK_R"] * shape["GROUPS"] * shape["BLOCK_K"] <= 4096 else 1
@@ -118,7 +123,7 @@ def scores_shape(problem: Problem, limits: Limits, *, backward: bool) -> dict[st
         "BLOCK_K": 64 if wide else 32 if problem.half or problem.aligned else 16,
         "BLOCK_T": block_t,
         "num_warps": 8,
-        "num_stages": 3 if limits.shared_bytes > 100_000 else 2,
+        "num_stages": _stages(limits) if problem.half or problem.aligned else 2,
     }
 
 
@@ -130,7 +135,7 @@ def product_shape(problem: Problem, limits: Limits) -> dict[str, int]:
         "BLOCK_D": min(128, max(16, next_power(problem.width))),
         "BLOCK_N": (64 if problem.aligned else 32) if problem.half else 16,
         "num_warps": 8,
-        "num_stages": (3 if limits.shared_bytes > 100_000 else 2) if problem.half else 1,
+        "num_stages": _stages(limits) if problem.half else 1,
     }
 
 

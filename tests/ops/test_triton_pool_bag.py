@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
 from survfuse import Ragged
-from survfuse.reference import pool_bag as reference
 from survfuse.reference.dropout import keep_mask
+from tests.ops.plain import plain_pool_bag
 from tests.ops.tolerance import assert_within_budget
+from tests.ops.triton_calls import CUDA, DEVICE, NAMES, Call, make_call, oracle, seed
 
-launchers = pytest.importorskip("survfuse.triton_kernels.pool_bag")
 shapes = pytest.importorskip("survfuse.triton_kernels.pool_bag_shapes")
 
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
-SEED = 0x1234_5678_9ABC_DEF0
 ROUTES = ("narrow", "wide")
-NAMES = ("pooled", "lse", "weight_sum", "d_rows", "d_bag", "d_bias")
 
 
 @pytest.fixture(autouse=True)
@@ -54,131 +49,6 @@ def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
         monkeypatch.setattr(shapes, "scores_shape", lambda *args, **keywords: scores)
         monkeypatch.setattr(shapes, "product_shape", lambda *args, **keywords: product)
     return name
-
-
-@dataclass
-class Call:
-    """Arguments of the launchers."""
-
-    rows: Tensor
-    bag: Tensor
-    bias: Tensor | None
-    ragged: Ragged
-    normalize: bool = False
-    stats: tuple[Tensor, Tensor] | None = None
-    dropout_p: float = 0.0
-    scale: float = 0.3
-
-    @property
-    def positional(self) -> tuple:
-        ragged = self.ragged
-        return (
-            *(self.rows, self.bag, self.bias),
-            *(ragged.starts, ragged.lengths, ragged.total, ragged.max_length),
-        )
-
-    @property
-    def options(self) -> dict:
-        mean, rstd = self.stats if self.stats is not None else (None, None)
-        return {
-            "scale": self.scale,
-            "normalize": self.normalize,
-            "eps": 1e-5,
-            "mean": mean,
-            "rstd": rstd,
-            "dropout_p": self.dropout_p,
-            "seed": seed() if self.dropout_p else None,
-        }
-
-    def forward(self) -> tuple[Tensor, ...]:
-        return launchers.pool_bag_forward(*self.positional, **self.options)
-
-    def backward(self, results: tuple[Tensor, ...], gradients: tuple[Tensor, ...], **needs: bool):
-        names = ("pooled", "lse", "weight_sum")
-        saved = dict(zip(names, results, strict=True))
-        needed = {"needs_rows": True, "needs_bag": True, "needs_bias": self.bias is not None}
-        return launchers.pool_bag_backward(
-            *gradients, *self.positional, **self.options, **saved, **{**needed, **needs}
-        )
-
-
-def seed() -> Tensor:
-    return torch.tensor([SEED], device=DEVICE)
-
-
-def make_call(
-    ranges: list[tuple[int, int]],
-    *,
-    n_rows: int = 3,
-    width: int = 40,
-    n_stored: int | None = None,
-    excluded: tuple[int, ...] = (),
-    bias: bool = True,
-    mean: float = 0.0,
-    spread: float = 1.0,
-    given: bool = False,
-    **options,
-) -> Call:
-    """Random arguments; rows in no bag and excluded rows hold NaN."""
-    generator = torch.Generator().manual_seed(7)
-    starts, lengths = zip(*ranges, strict=True)
-    n_stored = n_stored or max(s + n for s, n in ranges) + 2
-    bag = mean + spread * torch.randn(n_stored, width, generator=generator)
-    rows = torch.randn(len(ranges), n_rows, width, generator=generator) / max(spread, 1e-3)
-    row_bias = torch.randn(n_stored, generator=generator)
-    inside = torch.zeros(n_stored, dtype=torch.bool)
-    for start, length in ranges:
-        inside[start : start + length] = True
-    inside[list(excluded)] = False
-    row_bias[list(excluded)] = -torch.inf
-    stats = None
-    if given:
-        exact = bag.double()
-        rstd = (exact.var(-1, unbiased=False) + 1e-5).rsqrt()
-        stats = tuple(
-            torch.where(inside, s.float(), torch.nan).to(DEVICE) for s in (exact.mean(-1), rstd)
-        )
-    bag[~inside] = torch.nan
-    return Call(
-        rows.to(DEVICE),
-        bag.to(DEVICE),
-        row_bias.to(DEVICE) if bias or excluded else None,
-        Ragged.from_ranges(starts, lengths, device=DEVICE),
-        stats=stats,
-        **options,
-    )
-
-
-def oracle(call: Call, dtype: torch.dtype, gradients: tuple[Tensor, ...]) -> list[Tensor]:
-    """Results and gradients by the reference and autograd."""
-    leaves = [
-        None if t is None else t.detach().cpu().to(dtype).requires_grad_()
-        for t in (call.rows, call.bag, call.bias)
-    ]
-    rows, bag, bias = leaves
-    patch = pytest.MonkeyPatch()
-    with patch.context() as context:
-        module = __import__("survfuse.reference.pool_bag", fromlist=["draw_seed"])
-        context.setattr(module, "draw_seed", lambda device: seed().cpu())
-        results = reference(
-            rows,
-            bag,
-            bias=bias,
-            ragged=call.ragged.to("cpu"),
-            scale=call.scale,
-            normalize_eps=1e-5 if call.normalize else None,
-            stats=None if call.stats is None else tuple(s.cpu().to(dtype) for s in call.stats),
-            dropout_p=call.dropout_p,
-        )
-    loss = sum(
-        (torch.where(result.isinf(), 0.0, result) * gradient.cpu().to(dtype)).sum()
-        for result, gradient in zip(results, gradients, strict=True)
-    )
-    wanted = [leaf for leaf in leaves if leaf is not None]
-    if not loss.requires_grad:
-        return [*results, *(torch.zeros_like(leaf) for leaf in wanted)]
-    found = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
-    return [*(result.detach() for result in results), *found]
 
 
 def check(call: Call, *, frozen: bool = False) -> list[Tensor]:
@@ -332,6 +202,82 @@ def test_repeats_to_the_bit(route: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+@pytest.fixture
+def bf16_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the interpreter bf16 products: its own multiply the raw bits (triton issue 11584)."""
+    if CUDA:
+        return
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    dot = InterpreterBuilder.create_dot
+
+    def widened(self, a, b, d, *rest):
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (
+                TensorHandle((t.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+                for t in (a, b)
+            )
+        return dot(self, a, b, d, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", widened)
+
+
+@pytest.mark.usefixtures("bf16_products")
+@pytest.mark.parametrize("route", ROUTES, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("mean", [None, 0.0, 30.0])
+def test_sixteen_bit_bags(route: str, dtype: torch.dtype, mean: float | None) -> None:
+    ranges = [(0, 37), (30, 20)]
+    call = make_call(ranges, n_rows=9, mean=mean or 0.0, normalize=mean is not None, excluded=(3,))
+    call.bag = call.bag.to(dtype)
+    results = call.forward()
+    generator = torch.Generator().manual_seed(11)
+    gradients = tuple(torch.randn(r.shape, generator=generator).to(DEVICE) for r in results)
+    got = [*results, *call.backward(results, gradients)]
+    exact = oracle(call, torch.float64, gradients)
+    # the plain formula in the type of the bag, as the precision budget measures it; the
+    # interpreter truncates to bf16, which costs another factor of 2
+    slack = 2.0 if dtype == torch.bfloat16 and not CUDA else 1.0
+    plain = plain_results(call, dtype, gradients)
+    for name, ours, torchs, truth in zip(NAMES, got, plain, exact, strict=True):
+        torchs = truth + slack * (torchs.double() - truth)
+        assert_within_budget(name, ours.float(), torchs, truth, dtype)
+
+
+def plain_results(call: Call, dtype: torch.dtype, gradients: tuple[Tensor, ...]) -> list[Tensor]:
+    """The plain formula and its gradients with everything in one 16-bit type."""
+    leaves = [t.detach().cpu().to(dtype).requires_grad_() for t in (call.rows, call.bag, call.bias)]
+    results = plain_pool_bag(
+        leaves[0],
+        leaves[1],
+        bias=leaves[2],
+        ragged=call.ragged.to("cpu"),
+        scale=call.scale,
+        normalize_eps=1e-5 if call.normalize else None,
+    )
+    loss = sum((r * g.cpu().to(r.dtype)).sum() for r, g in zip(results, gradients, strict=True))
+    return [*(r.detach() for r in results), *torch.autograd.grad(loss, leaves)]
+
+
+@pytest.mark.parametrize("route", ROUTES, indirect=True)
+def test_small_gradients_survive_fp16(route: str) -> None:
+    call = make_call([(0, 60), (20, 25)], normalize=True)
+    call.bag = call.bag.half()
+    results = call.forward()
+    ones = tuple(torch.linspace(-1, 1, r.numel(), device=DEVICE).view(r.shape) for r in results)
+    d_rows, _, d_bias = call.backward(results, ones)
+    # without a scale of their own, products of 1e-9 are 0 in fp16
+    small_rows, _, small_bias = call.backward(results, tuple(1e-9 * g for g in ones))
+    torch.testing.assert_close(
+        small_rows * 1e9, d_rows, rtol=0, atol=2e-3 * float(d_rows.abs().max())
+    )
+    torch.testing.assert_close(
+        small_bias * 1e9, d_bias, rtol=0, atol=2e-3 * float(d_bias.abs().max())
+    )
+
+
 def test_no_rows_at_all() -> None:
     call = make_call([(0, 0), (0, 0)], n_stored=4)
     results = call.forward()
@@ -381,94 +327,3 @@ def test_slot_plans_fit_the_workspace_and_cover_the_bags(
     assert 1 <= slots.chunk <= slots.count
     used = slots.chunk * (slot_bytes + slots.rows * row_bytes)
     assert used <= max(16 * 2**20, batch_bytes // 100)
-
-
-needs_interpreter = pytest.mark.skipif(CUDA, reason="counts loads in Triton's interpreter")
-
-
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch):
-    """`count(tensor)` watches a tensor and returns how often each element is loaded."""
-    import numpy as np
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    watched: list[tuple[Tensor, Tensor]] = []
-    load = InterpreterBuilder.create_masked_load
-
-    def counted(self, pointers, mask, other, *rest):
-        addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].astype(np.int64)
-        for tensor, counts in watched:
-            at = (addresses - tensor.data_ptr()) // tensor.element_size()
-            at = at[(at >= 0) & (at < counts.numel())]
-            np.add.at(counts.view(-1).numpy(), at, 1)
-        return load(self, pointers, mask, other, *rest)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted)
-
-    def count(tensor: Tensor) -> Tensor:
-        assert tensor.is_contiguous()
-        counts = torch.zeros(tensor.shape, dtype=torch.int64)
-        watched.append((tensor, counts))
-        return counts
-
-    return count
-
-
-def frozen_backward(call: Call, results: tuple[Tensor, ...]) -> None:
-    gradients = tuple(torch.ones_like(result) for result in results)
-    call.backward(results, gradients, needs_bag=False, needs_bias=False)
-
-
-@needs_interpreter
-@pytest.mark.parametrize(
-    ("n_rows", "width", "normalize", "backward_reads"),
-    # fp32, which the interpreter needs, has room for 8 query rows at D = 1024 in the backward
-    [
-        *((5, 40, True, 1), (5, 40, False, 1), (16, 512, False, 1)),
-        *((8, 1024, True, 1), (16, 1024, False, 2)),
-    ],
-)
-def test_each_row_is_read_once(reads, n_rows, width, normalize, backward_reads) -> None:
-    ranges = [(2, 17), (20, 5)] if width < 100 else [(2, 20)]
-    call = make_call(ranges, n_rows=n_rows, width=width, n_stored=30, normalize=normalize)
-    counts = reads(call.bag)
-    results = call.forward()
-    inside = torch.zeros(30, dtype=torch.bool)
-    for start, length in ranges:
-        inside[start : start + length] = True
-    assert torch.equal(counts, inside[:, None].long().expand_as(counts))
-    counts.zero_()
-    frozen_backward(call, results)
-    assert torch.equal(counts, backward_reads * inside[:, None].long().expand_as(counts))
-
-
-@needs_interpreter
-@pytest.mark.parametrize(
-    ("n_rows", "width", "forward_reads"),
-    # two blocks of 16 rows in one pass; a pass for the scores and one for the product; two of each
-    [(20, 1024, 2), (6, 1040, 2), (70, 48, 4)],
-)
-def test_reads_beyond_few_rows_and_moderate_widths(reads, n_rows, width, forward_reads) -> None:
-    call = make_call([(0, 20)], n_rows=n_rows, width=width, n_stored=20)
-    counts = reads(call.bag)
-    results = call.forward()
-    assert counts.eq(forward_reads).all()
-    if width > 1024:
-        counts.zero_()
-        frozen_backward(call, results)
-        assert counts.eq(2).all()
-
-
-@needs_interpreter
-def test_reads_of_a_trained_bag(reads) -> None:
-    call = make_call([(0, 20), (10, 20)], n_rows=3, width=300, n_stored=40, normalize=True)
-    results = call.forward()
-    counts = reads(call.bag)
-    gradients = tuple(torch.ones_like(result) for result in results)
-    call.backward(results, gradients, needs_rows=False)
-    blocks = 3  # of 128 columns: each scores the whole row
-    bags = torch.tensor([1] * 10 + [2] * 10 + [1] * 10 + [0] * 10)
-    # and the normalisation reads once more; the first column is also the shift of the statistics
-    expected = (blocks * bags + (bags > 0))[:, None].expand_as(counts)
-    assert torch.equal(counts[:, 1:], expected[:, 1:])
-    assert torch.equal(counts[:, 0], expected[:, 0] + blocks * bags)
