@@ -244,17 +244,14 @@ def test_triton_kernels_are_kernels_and_launchers() -> None:
             assert word not in text, f"{path.name} holds {word}"
 
 
-TOO_LONG = pytest.mark.xfail(strict=True, reason="a file waits to be split")
-
-
 @pytest.mark.parametrize(
     "folder",
     [
         "survfuse",
-        pytest.param("triton_kernels", marks=TOO_LONG),
+        "triton_kernels",
         "csrc",
         "benchmarks",
-        pytest.param("tests", marks=TOO_LONG),
+        "tests",
     ],
 )
 def test_files_stay_short(folder: str) -> None:

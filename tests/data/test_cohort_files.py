@@ -1,0 +1,195 @@
+"""Cohorts read from files: the published tables, and tiny ones made here."""
+
+from __future__ import annotations
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from survfuse.data.bags import Bags
+from survfuse.data.cohort_files import bags_of_slides, read_cohort
+from survfuse.data.splits import read_splits
+
+
+def test_the_honest_cohort_has_one_row_per_patient_and_one_table_per_type(shared_data):
+    omics = shared_data / "tcga_omics"
+    cohort = read_cohort(
+        omics / "tcga_blca_all_clean.csv.zip", signatures=omics / "mcat_signatures.csv"
+    )
+    assert cohort.name == "tcga_blca"
+    assert (len(cohort), int(cohort.event.sum())) == (373, 169)
+    assert cohort.unit_ids == cohort.patient_ids
+    assert cohort.channels() == {
+        "rnaseq": ("table", 1554),
+        "cnv": ("table", 256),
+        "mut": ("table", 371),
+    }
+    groups = [cohort.modalities[kind].groups for kind in cohort.modalities]
+    assert [sum(len(g[f]) for g in groups) for f in groups[0]] == [102, 336, 518, 434, 199, 444]
+    clinical = cohort.covariate_matrix(["age", "is_female"])
+    assert clinical[:, 0].min() == 34
+    assert set(clinical[:, 1]) == {0, 1}
+    # no prepared value is a spike, whatever the raw table holds
+    assert cohort.modalities["rnaseq"].values.max() > 14_000
+    prepared = cohort.prepare(np.arange(250))
+    assert prepared.table("rnaseq").values[:250].abs().max() < 16
+
+
+def test_the_healnet_cohort_is_the_released_one(shared_data):
+    path = shared_data / "tcga_omics" / "tcga_kirp_all_clean.csv.zip"
+    cohort = read_cohort(path, rows="slides", tables="healnet")
+    assert (len(cohort), len(set(cohort.patient_ids))) == (284, 260)
+    prepared = cohort.prepare(None, clip=None, scale="none")
+    assert np.bincount(prepared.labels).tolist() == [43, 56, 113, 72]
+    # an independent reading: fill by the mean of all rows, drop what is no feature
+    raw = pd.read_csv(path, index_col=0, low_memory=False)
+    drop = ["site", "oncotree_code", "case_id", "slide_id", "train"]
+    raw = raw.drop(columns=[*drop, "censorship", "survival_months"])
+    expected = torch.tensor(raw.fillna(raw.mean()).to_numpy(dtype=np.float32))
+    assert prepared.features("omics") == tuple(raw.columns)
+    assert torch.equal(prepared.table("omics").values, expected)
+
+
+def test_merged_tables_leave_out_the_covariates(shared_data):
+    path = shared_data / "tcga_omics" / "tcga_ucec_all_clean.csv.zip"
+    assert read_cohort(path, tables="merged").channels() == {"omics": ("table", 1411)}
+    assert read_cohort(path, tables="merged", types=["mut"]).channels() == {
+        "omics": ("table", 1406)
+    }
+    with pytest.raises(ValueError, match=r"tcga_ucec.* has no rnaseq columns"):
+        read_cohort(path, types=["rnaseq"])
+
+
+def test_survpath_cohort_with_pathways_and_disease_specific_survival(shared_data):
+    folder = shared_data / "survpath"
+    rna = folder / "raw_rna_data" / "xena" / "blca" / "rna_clean.csv"
+    cohort = read_cohort(
+        rna,
+        metadata=folder / "tcga_blca.csv",
+        tables="signatures",
+        signatures=folder / "xena_signatures.csv",
+        endpoint="DSS",
+    )
+    assert (cohort.name, len(cohort), int(cohort.event.sum())) == ("blca", 359, 113)
+    assert len(cohort.modalities["omics"].groups) == 281
+    tested = [
+        fold.rows(cohort.patient_ids).test for fold in read_splits(folder / "splits_tcga_blca")
+    ]
+    assert np.sort(np.concatenate(tested)).tolist() == list(range(359))
+    with pytest.raises(ValueError, match=r"rows is 'slides'; SurvPath's expression"):
+        read_cohort(rna, metadata=folder / "tcga_blca.csv", rows="slides")
+
+
+def test_outcomes_of_tcga_cdr_replace_those_of_the_table(shared_data):
+    path = shared_data / "tcga_omics" / "tcga_blca_all_clean.csv.zip"
+    outcomes = shared_data / "tcga_cdr" / "outcome.xlsx"
+    with pytest.raises(ValueError, match=r"DFI time is NaN for 199 rows"):
+        read_cohort(path, outcomes=outcomes, endpoint="DFI")
+    cohort = read_cohort(path, outcomes=outcomes, endpoint="DFI", missing_outcome="drop")
+    assert len(cohort) == 174
+    assert cohort.notes == ("199 rows without DFI were left out",)
+    assert len(cohort.modalities["rnaseq"]) == 174
+
+
+TABLE = """case_id,slide_id,survival_months,censorship,age,is_female,A_rnaseq
+p1,s1.svs,10,0,50,1,0.5
+p1,s2.svs,10,0,50,1,0.5
+p2,s3.svs,20,1,60,0,1.5
+p3,s4.svs,5,0,,1,-1
+"""
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A table of three patients and bag files of three of their four slides."""
+    (tmp_path / "tcga_tiny_all_clean.csv").write_text(TABLE)
+    folder = tmp_path / "bags"
+    folder.mkdir()
+    for i, slide in enumerate(("s1", "s2", "s3", "unrelated")):
+        with h5py.File(folder / f"{slide}.h5", "w") as file:
+            file["features"] = np.full((2 + i, 4), i, dtype=np.float32)
+            file["coords"] = np.zeros((2 + i, 2), dtype=np.int32)
+    return tmp_path / "tcga_tiny_all_clean.csv", folder
+
+
+def test_bags_of_a_folder_join_their_patients(files):
+    table, folder = files
+    cohort = read_cohort(table, bags=folder)
+    assert cohort.present("slides").tolist() == [True, True, False]
+    assert cohort.modalities["slides"].bags.names == ["s1", "s2", "s3"]
+    batch = cohort.prepare(None, n_bins=2).batch([0, 1, 2]).inputs["slides"]
+    assert batch.ragged.lengths.tolist() == [5, 4, 0]
+    assert bag_rows(batch, 0) == [0, 0, 1, 1, 1]
+    by_slide = read_cohort(table, rows="slides", bags=folder, bag_name="wsi")
+    assert by_slide.unit_ids == ("s1", "s2", "s3", "s4")
+    assert by_slide.present("wsi").tolist() == [True, True, True, False]
+
+
+def test_bags_of_a_store_join_their_patients(files, tmp_path):
+    from survfuse.data.store import BagStore
+
+    table, _ = files
+    packed = Bags.from_list([torch.ones(2, 4), torch.zeros(3, 4)], ["s3", "s1"])
+    BagStore.write(tmp_path / "store.h5", packed)
+    cohort = read_cohort(table, bags=tmp_path / "store.h5")
+    assert cohort.modalities["slides"].n_patches.tolist() == [3, 2, 0]
+
+
+def test_bags_that_do_not_fit_are_named(files, tmp_path):
+    table, folder = files
+    with pytest.raises(FileNotFoundError, match=r"nowhere is neither a bag store nor a folder"):
+        read_cohort(table, bags=tmp_path / "nowhere")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(FileNotFoundError, match=r"holds no bag file"):
+        read_cohort(table, bags=empty)
+    with pytest.raises(ValueError, match=r"none of 4 files .* is of a slide of the cohort"):
+        bags_of_slides(folder, [("other",)])
+    with pytest.raises(ValueError, match=r"none of 1 slides has a bag.*'other'"):
+        bags_of_slides(Bags(torch.zeros(1, 2), [1], ["s1"]), [("other",)])
+    torch.save(torch.zeros(3, 4), folder / "s1.pt")
+    with pytest.raises(ValueError, match=r"s1\.h5 and .*s1\.pt are both of slide 's1'"):
+        read_cohort(table, bags=folder)
+    (folder / "s1.pt").unlink()
+    with h5py.File(folder / "s4.h5", "w") as file:
+        file["features"] = np.zeros((2, 7), dtype=np.float32)
+    with pytest.raises(ValueError, match=r"bag 's4' has 7 features per patch and bag 's1' has 4"):
+        read_cohort(table, bags=folder)
+
+
+def test_wrong_choices_name_the_nearest(files):
+    table, _ = files
+    with pytest.raises(ValueError, match=r"unknown rows 'patient'; did you mean 'patients'"):
+        read_cohort(table, rows="patient")
+    with pytest.raises(ValueError, match=r"unknown tables 'bytype'.*did you mean 'by_type'"):
+        read_cohort(table, tables="bytype")
+    with pytest.raises(ValueError, match=r"needs a file of gene groups"):
+        read_cohort(table, tables="signatures")
+    with pytest.raises(ValueError, match=r"missing_outcome is 'keep'"):
+        read_cohort(table, missing_outcome="keep")
+    with pytest.raises(FileNotFoundError, match=r"missing\.csv does not exist"):
+        read_cohort(table.with_name("missing.csv"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("p2,s3.svs,20,", "p2,s3.svs,,", r"OS time is NaN for 1 rows of .*: 'p2'"),
+        ("p2,s3.svs,20,", "p2,s3.svs,-20,", r"OS time at row 1 \(p2\) is -20; .*at least 0"),
+        ("p2,s3.svs,20,1", "p2,s3.svs,20,3", r"censorship at row 1 \(p2\) is 3"),
+    ],
+)
+def test_wrong_outcomes_in_a_file_name_column_row_and_unit(files, old, new, message):
+    table, _ = files
+    table.write_text(TABLE.replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        read_cohort(table)
+
+
+def test_a_cohort_of_censored_patients_cannot_be_prepared(files):
+    table, _ = files
+    table.write_text(TABLE.replace(",10,0,", ",10,1,").replace(",5,0,", ",5,1,"))
+    with pytest.raises(ValueError, match=r"is censored; time bins need at least one row"):
+        read_cohort(table).prepare(None)
