@@ -220,7 +220,7 @@ def cases(target: str, quick: bool) -> list[Case]:
         return [case for case in listed if case.normalize and case.bias and case.dtype != fp16]
     # each option alone, where it costs the most registers
     for dtype in (bf16, fp16, fp32):
-        for on in ({"normalize": True}, {"bias": True}, {"dropout": True}):
+        for on in ({"normalize": True}, {"bias": True}, {"dropout": True}, {**every, **given}):
             listed += [
                 Case(dtype, n_rows, width, **on) for n_rows, width in ((16, 1024), (200, 1024))
             ]
@@ -243,6 +243,7 @@ def compile_launch(launch: Launch, target_name: str) -> dict[str, Any]:
         "registers": None,
         "spills": None,
         "shared": None,
+        "copies": None,
         "error": "",
     }
     try:
@@ -256,6 +257,8 @@ def compile_launch(launch: Launch, target_name: str) -> dict[str, Any]:
         row["shared"] = compiled.metadata.shared
         if target.backend == "cuda":
             row["registers"], row["spills"] = _registers(compiled.asm["ptx"], target.arch)
+            # 16-byte asynchronous copies: a pipelined load of the bag shows here
+            row["copies"] = compiled.asm["ptx"].count("cp.async.cg")
         else:
             row["registers"], row["spills"] = _amd_registers(compiled.asm["amdgcn"])
     except Exception as problem:
@@ -313,7 +316,20 @@ def main() -> int:
                     work.setdefault((name, *launch.key()), (launch, name))
     print(f"{len(work)} compiles on {options.jobs} processes", flush=True)
     failed = 0
-    print(_line("target", "kernel", "case", "shape", "warps", "stages", "regs", "spill", "shared"))
+    print(
+        _line(
+            "target",
+            "kernel",
+            "case",
+            "shape",
+            "warps",
+            "stages",
+            "regs",
+            "spill",
+            "shared",
+            "copies",
+        )
+    )
     with ProcessPoolExecutor(options.jobs) as pool:
         futures = [pool.submit(compile_launch, *item) for item in work.values()]
         for future in as_completed(futures):
@@ -323,7 +339,7 @@ def main() -> int:
             print(
                 _line(
                     *(row[name] for name in columns),
-                    *(row[name] for name in ("registers", "spills", "shared")),
+                    *(row[name] for name in ("registers", "spills", "shared", "copies")),
                 ),
                 f"FAILED: {row['error']}" if row["error"] else "",
                 flush=True,
@@ -333,7 +349,7 @@ def main() -> int:
 
 
 def _line(*cells: Any) -> str:
-    widths = (7, 20, 44, 28, 6, 7, 5, 6, 7)
+    widths = (7, 20, 44, 28, 6, 7, 5, 6, 7, 6)
     return " ".join(str(cell).ljust(width) for cell, width in zip(cells, widths)).rstrip()
 
 

@@ -61,13 +61,12 @@ def pool_bag_forward(
 
     Cost: narrow route (D <= 1024, R <= 32): each stored row is read once for R <= 16 and twice
     beyond, by neighbouring programs, so once from memory and once out of L2. Where 16 query rows
-    would spill (D > 512 under normalisation with dropout in fp32; docs/kernels.md lists all such
-    cases) a program takes 8, and R of 9 to 16 is read twice, up to which the route then serves.
-    Wide route: cdiv(R, 128) reads for the scores and as many for the product (64 instead of 128 in
-    fp32), neighbours again sharing L2, plus R coefficients in the type of the bag, written once and
-    read cdiv(D, 128) times. 4 * R * D operations per row. Workspace: under max(16 MB, 1 % of the
-    batch's bytes) for R * D up to 512 x 4608. fp16 with eps below 1e-9 can overflow on rows without
-    spread.
+    would spill (D > 512 under normalisation and dropout in fp32; docs/kernels.md lists all such
+    cases) a program takes 8, and the route serves R <= 16. Wide route: cdiv(R, 128) reads for the
+    scores and as many for the product (64 instead of 128 in fp32), neighbours again sharing L2,
+    plus R coefficients in the type of the bag, written once and read cdiv(D, 128) times.
+    4 * R * D operations per row. Workspace: under max(16 MB, 1 % of the batch's bytes) for R * D up
+    to 512 x 4608. fp16 with eps below 1e-9 can overflow on rows without spread.
     """
     n_bags, n_rows, width = rows.shape
     pooled = torch.empty((n_bags, n_rows, width), dtype=torch.float32, device=bag.device)

@@ -6,9 +6,8 @@ Contract: survfuse/ops/pool_bag.py.  Oracle: survfuse/reference/pool_bag.py.  Ma
 each warp holds its columns of the accumulator and sums its share of the scores, and only the
 [BLOCK_N, BLOCK_R] scores cross warps. Slots are merged in index order by pool_bag_merge.py.
 
-16-bit accumulators are [GROUPS, BLOCK_K, BLOCK_R], because a tensor core takes 8 query rows there
-and would pad them to 16 the other way round; fp32 ones are [GROUPS, BLOCK_R, BLOCK_K], which
-multiplies on scalar units with fewer registers.
+The tile is never transposed, only the small coefficients are: a transposed use would keep it out of
+the asynchronous pipeline.
 """
 
 from __future__ import annotations
@@ -79,31 +78,11 @@ def normalize_tile(x, rows, ok, mean_ptr, rstd_ptr, eps, D: tl.constexpr):
 @triton.jit
 def accumulate(acc, shrink, x, coef, PRECISION: tl.constexpr):
     """acc * shrink + coef^T x, for coef [N, R] and shrink [R] or None."""
-    if x.dtype == tl.float32:
-        if shrink is not None:
-            acc = acc * shrink[None, :, None]
-        coef = tl.trans(coef)
-        coef = tl.broadcast_to(coef[None, :, :], (x.shape[0], coef.shape[0], coef.shape[1]))
-        acc = tl.dot(coef, x, acc, input_precision=PRECISION)
-    else:
-        if shrink is not None:
-            acc = acc * shrink[None, None, :]
-        coef = coef.to(x.dtype)
-        coef = tl.broadcast_to(coef[None, :, :], (x.shape[0], coef.shape[0], coef.shape[1]))
-        acc = tl.dot(tl.trans(x, 0, 2, 1), coef, acc, input_precision=PRECISION)
-    return acc
-
-
-@triton.jit
-def empty_accumulator(
-    dtype: tl.constexpr, GROUPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """Zeros, laid out for the type of the bag."""
-    if dtype == tl.float32:
-        acc = tl.zeros((GROUPS, BLOCK_R, BLOCK_K), tl.float32)
-    else:
-        acc = tl.zeros((GROUPS, BLOCK_K, BLOCK_R), tl.float32)
-    return acc
+    if shrink is not None:
+        acc = acc * shrink[None, :, None]
+    coef = tl.trans(coef.to(x.dtype))
+    coef = tl.broadcast_to(coef[None, :, :], (x.shape[0], coef.shape[0], coef.shape[1]))
+    return tl.dot(coef, x, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -113,10 +92,7 @@ def store_partial(
     mask_r,
     acc,
     factor,  # [R]
-    dtype: tl.constexpr,
     D: tl.constexpr,
-    GROUPS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     CENTRE: tl.constexpr,
 ):
     """Write an accumulator times `factor`, less its mean over columns where CENTRE.
@@ -124,21 +100,12 @@ def store_partial(
     x_hat sums to 0 over its columns, hence so does every sum of it: the identity is exact, and it
     removes what the means of the rows left in the accumulator.
     """
-    if dtype == tl.float32:
-        r = out[None, :, None]
-        cols = columns(GROUPS, BLOCK_K)
-        mask = mask_r[None, :, None] & (cols < D)
-        if CENTRE:
-            acc = acc - (tl.sum(tl.sum(acc, 2), 0) / D)[None, :, None]
-        acc = acc * factor[None, :, None]
-    else:
-        r = out[None, None, :]
-        cols = tl.trans(columns(GROUPS, BLOCK_K), 0, 2, 1)
-        mask = mask_r[None, None, :] & (cols < D)
-        if CENTRE:
-            acc = acc - (tl.sum(tl.sum(acc, 1), 0) / D)[None, None, :]
-        acc = acc * factor[None, None, :]
-    tl.store(part_ptr + r * D + cols, acc, mask=mask)
+    cols = columns(acc.shape[0], acc.shape[2])
+    if CENTRE:
+        acc = acc - (tl.sum(tl.sum(acc, 2), 0) / D)[None, :, None]
+    acc = acc * factor[None, :, None]
+    mask = mask_r[None, :, None] & (cols < D)
+    tl.store(part_ptr + out[None, :, None] * D + cols, acc, mask=mask)
 
 
 @triton.jit
@@ -216,7 +183,7 @@ def pool_bag_fwd_kernel(
     a = tl.trans(a, 0, 2, 1)
     factor = factor * scale
 
-    acc = empty_accumulator(dtype, GROUPS, BLOCK_R, BLOCK_K)
+    acc = tl.zeros((GROUPS, BLOCK_R, BLOCK_K), tl.float32)
     largest = tl.full((BLOCK_R,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_R,), tl.float32)
     kept = tl.zeros((BLOCK_R,), tl.float32)
@@ -250,7 +217,7 @@ def pool_bag_fwd_kernel(
     out = local_slot * n_rows + offs_r
     one = tl.zeros((BLOCK_R,), tl.float32) + 1.0
     CENTRE: tl.constexpr = NORMALIZE and (dtype != tl.float32 or mean_ptr is None)
-    store_partial(part_ptr, out, mask_r, acc, one, dtype, D, GROUPS, BLOCK_K, CENTRE)
+    store_partial(part_ptr, out, mask_r, acc, one, D, CENTRE)
     tl.store(part_max_ptr + out, largest, mask=mask_r)
     tl.store(part_sum_ptr + out, total, mask=mask_r)
     tl.store(part_weight_ptr + out, total if seed_ptr is None else kept, mask=mask_r)
@@ -311,7 +278,7 @@ def pool_bag_bwd_rows_kernel(
     dz = tl.trans(load_tile(dz_ptr, at * PADDED, mask_r, D, GROUPS, BLOCK_K), 0, 2, 1)
     per_row = load_per_row(per_row_ptr, at, n_bags.to(tl.int64) * n_rows, mask_r)
 
-    acc = empty_accumulator(dtype, GROUPS, BLOCK_R, BLOCK_K)
+    acc = tl.zeros((GROUPS, BLOCK_R, BLOCK_K), tl.float32)
     unit = tl.zeros((BLOCK_R,), tl.float32)
     for n0 in range(0, count, BLOCK_N):
         rows = first_row + n0 + offs_n
@@ -359,4 +326,4 @@ def pool_bag_bwd_rows_kernel(
     out = local_slot * n_rows + offs_r
     factor = (unit if dtype == tl.float16 else unit + 1.0) * scale
     CENTRE: tl.constexpr = NORMALIZE and (dtype != tl.float32 or mean_ptr is None)
-    store_partial(part_ptr, out, mask_r, acc, factor, dtype, D, GROUPS, BLOCK_K, CENTRE)
+    store_partial(part_ptr, out, mask_r, acc, factor, D, CENTRE)

@@ -51,6 +51,7 @@ class Call(NamedTuple):
             normalize=self.normalize,
             given=self.mean is not None,
             dropout=self.seed is not None,
+            bias=self.bias is not None,
         )
 
     @property

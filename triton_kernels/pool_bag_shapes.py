@@ -42,6 +42,7 @@ class Problem(NamedTuple):
     normalize: bool
     given: bool  # the statistics of the normalisation are
     dropout: bool
+    bias: bool
 
     @property
     def half(self) -> bool:
@@ -51,54 +52,89 @@ class Problem(NamedTuple):
 
 def narrow_shape(problem: Problem, limits: Limits, *, backward: bool) -> dict[str, int] | None:
     """Blocks of the kernels that read each row once; None where the wide kernels serve."""
-    dtype, n_rows, width, aligned, normalize, given, dropout = problem
-    block_d = max(16, next_power(width))
-    if width > MAX_NARROW_WIDTH or (not aligned and normalize and block_d > 512):
+    block_d = max(16, next_power(problem.width))
+    if problem.width > MAX_NARROW_WIDTH or problem.n_rows > 32:
         return None
-    # 8 query rows where 16 would spill: see the register table
-    every = normalize and dropout
-    if block_d == MAX_NARROW_WIDTH:
-        fp16 = dtype == torch.float16
-        crowded = (every and (backward or not problem.half)) or (
-            backward and (not problem.half or (normalize and fp16))
+    if not problem.aligned and problem.normalize and block_d > 512:
+        return None
+    few = problem.n_rows <= 8 or _crowded(problem, block_d, backward=backward)
+    for block_r in (8,) if few else (16, 8):
+        if problem.n_rows > 2 * block_r:
+            return None
+        choose = _half_shape if problem.half else _single_shape
+        shape = choose(problem, block_r, block_d, limits.shared_bytes, backward=backward)
+        if shape is not None:
+            return {"BLOCK_R": block_r, **shape}
+    return None
+
+
+def _crowded(problem: Problem, block_d: int, *, backward: bool) -> bool:
+    """Where 16 query rows would spill: see the register table."""
+    every = problem.normalize and problem.dropout
+    if problem.half:
+        fly = problem.normalize and not problem.given
+        return backward and block_d == 1024 and (fly or every)
+    if backward:
+        return block_d == 1024 or (every and block_d == 512)
+    return every and block_d == 1024
+
+
+def _half_shape(
+    problem: Problem, block_r: int, block_d: int, shared: int, *, backward: bool
+) -> dict[str, int] | None:
+    """16-bit bags: tiles wait in shared memory for the tensor cores."""
+    accumulators = block_r * block_d
+    if backward:
+        large = (
+            accumulators > 8192 or block_d == 1024 or (accumulators > 4096 and problem.normalize)
         )
     else:
-        crowded = not problem.half and backward and every and block_d == MAX_NARROW_WIDTH // 2
-    for block_r in (8,) if n_rows <= 8 or crowded else (16, 8):
-        accumulators = block_r * block_d
-        operands = (2 if backward else 1) * accumulators * dtype.itemsize
-        if problem.half:
-            groups = min(8, block_d // 16)
-            few = accumulators == 16384 and (backward or normalize)
-            few |= accumulators == 8192 and backward and normalize
-            choices = [
-                (n, s) for n in (32, 16) for s in (4, 3, 2, 1) if n == 16 or (aligned and not few)
-            ]
-            # scores cross warps; a pipeline of n stages buffers n - 1 tiles
-            fixed, extra = operands + 16384, 0
-        else:
-            groups = block_d // (32 if backward and block_d == MAX_NARROW_WIDTH else 16)
-            deep = not normalize or (backward and given and block_d == MAX_NARROW_WIDTH)
-            choices = [(16, 2), (16, 1)] if deep else [(16, 1)]
-            # operands of scalar products lie in shared memory, the weights of every group too
-            fixed, extra = operands + groups * block_r * 64, int(normalize)
-        for block_n, stages in choices:
-            tiles = max(stages - 1, 1) if problem.half else 1 + extra * (stages - 1)
-            if fixed + tiles * block_n * block_d * dtype.itemsize <= limits.shared_bytes:
-                break
-        else:
-            continue
-        if n_rows > 2 * block_r:
-            return None
-        return {
-            "BLOCK_R": block_r,
-            "GROUPS": groups,
-            "BLOCK_K": block_d // groups,
-            "BLOCK_N": block_n,
-            "num_warps": 8 if block_d >= (256 if problem.half or block_r == 16 else 512) else 4,
-            "num_stages": stages,
-        }
+        large = problem.normalize and problem.dropout and accumulators > 8192
+    resident = 2 if accumulators <= 4096 else 1
+    # the query side, and scores that cross warps
+    fixed = (2 if backward else 1) * accumulators * 2 + 16384
+    for block_n in (16,) if large or not problem.aligned else (32, 16):
+        tile = block_n * block_d * 2
+        # without Hopper's large shared memory a tile also changes its layout there
+        taken = fixed + (0 if shared > 100_000 else tile)
+        # 128 KB in flight are more than latency needs; a bias is loaded one step ahead of its mask
+        buffers = min(6, 131072 // tile, (shared // resident - taken) // tile)
+        if buffers > 0 or taken + tile <= shared:
+            return {
+                "GROUPS": min(8, block_d // 16),
+                "BLOCK_K": block_d // min(8, block_d // 16),
+                "BLOCK_N": block_n,
+                "num_warps": 8 if block_d >= 256 else 4,
+                "num_stages": 1 + buffers + problem.bias if buffers > 0 else 1,
+            }
     return None
+
+
+def _single_shape(
+    problem: Problem, block_r: int, block_d: int, shared: int, *, backward: bool
+) -> dict[str, int] | None:
+    """fp32 bags: products on scalar units, whose operands pass through shared memory and registers.
+
+    Many short groups keep the operands of a thread few.
+    """
+    if backward and block_d == 1024 and problem.given and problem.bias and problem.dropout:
+        # spills at any shape tried
+        return None
+    groups = block_d // (32 if backward and block_d == 1024 else 16)
+    tile = 16 * block_d * 4
+    fixed = (2 if backward else 1) * block_r * block_d * 4 + groups * block_r * 64 + tile
+    given = problem.given and not problem.dropout
+    deep = not problem.normalize or (backward and given and block_d == 1024)
+    stages = 2 if deep and fixed + problem.normalize * tile <= shared else 1
+    if fixed > shared:
+        return None
+    return {
+        "GROUPS": groups,
+        "BLOCK_K": block_d // groups,
+        "BLOCK_N": 16,
+        "num_warps": 8 if block_d >= (256 if block_r == 16 else 512) else 4,
+        "num_stages": stages,
+    }
 
 
 def _stages(limits: Limits) -> int:
