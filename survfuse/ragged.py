@@ -162,15 +162,22 @@ class Ragged(NamedTuple):
 def _int_vector(
     values: Tensor | Sequence[int], name: str, device: torch.device | str | None
 ) -> Tensor:
-    tensor = torch.as_tensor(values, device=device)
+    try:
+        tensor = torch.as_tensor(values, device=device)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} is {values!r}; it must be a vector of integers") from error
     if tensor.numel() == 0:
         tensor = tensor.to(torch.int64)
-    if tensor.dim() != 1 or tensor.dtype.is_floating_point or tensor.dtype == torch.bool:
+    if tensor.dim() != 1 or not _is_integer(tensor.dtype):
         raise ValueError(
             f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; "
             "it must be a vector of integers"
         )
     return tensor.to(torch.int64)
+
+
+def _is_integer(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
 def as_packed(

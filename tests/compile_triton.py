@@ -30,6 +30,8 @@ from survfuse.triton_kernels import pool_bag, pool_bag_passes, pool_bag_shapes
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from survfuse.pooling import Needs, PooledBag, Pooling
+
 TARGETS = {
     # shared memory a program may have, in bytes
     "sm_80": (GPUTarget("cuda", 80, 32), 166912),
@@ -147,17 +149,20 @@ def record(case: Case, limits: pool_bag_shapes.Limits) -> list[Launch]:
     rows = torch.empty((n_bags, case.n_rows, case.width), dtype=row_type)
     per_stored = torch.zeros(n_stored)
     ranges = torch.arange(n_bags) * length, torch.full((n_bags,), length)
-    common = {
-        "scale": 0.5,
-        "normalize": case.normalize,
-        "eps": 1e-5,
-        "mean": per_stored if case.stats else None,
-        "rstd": per_stored if case.stats else None,
-        "dropout_p": 0.25 if case.dropout else 0.0,
-        "seed": torch.zeros(1, dtype=torch.int64) if case.dropout else None,
-    }
+    pooling = Pooling(
+        *ranges,
+        total=n_stored,
+        max_length=length,
+        scale=0.5,
+        normalize=case.normalize,
+        eps=1e-5,
+        mean=per_stored if case.stats else None,
+        rstd=per_stored if case.stats else None,
+        dropout_p=0.25 if case.dropout else 0.0,
+        seed=torch.zeros(1, dtype=torch.int64) if case.dropout else None,
+    )
     bias = per_stored if case.bias else None
-    args = (rows, bag, bias, *ranges, n_stored, length)
+    args = (rows, bag, bias, pooling)
     names = [name for name in dir(pool_bag_passes) if name.endswith("_kernel")]
     recorders = [Recorder(name, getattr(pool_bag_passes, name), str(case)) for name in names]
     with contextlib.ExitStack() as stack:
@@ -166,26 +171,17 @@ def record(case: Case, limits: pool_bag_shapes.Limits) -> list[Launch]:
             setattr(pool_bag_passes, name, recorder)
         stack.callback(setattr, pool_bag_shapes, "device_limits", pool_bag_shapes.device_limits)
         pool_bag_shapes.device_limits = lambda device: limits
-        pooled, lse, weight_sum = pool_bag.pool_bag_forward(*args, **common)
-        gradients = (torch.empty_like(pooled), torch.empty_like(lse), torch.empty_like(lse))
-        pool_bag.pool_bag_backward(
-            *gradients,
-            *args,
-            **common,
-            pooled=pooled,
-            lse=lse,
-            weight_sum=weight_sum,
-            needs_rows=True,
-            needs_bag=True,
-            needs_bias=case.bias,
-        )
+        results = pool_bag.pool_bag_forward(*args)
+        gradients = PooledBag(*map(torch.empty_like, results))
+        needs = Needs(rows=True, bag=True, bias=case.bias)
+        pool_bag.pool_bag_backward(gradients, results, *args, needs)
         # a chunk after the first merges into what is there
-        call = pool_bag_passes.make_call(*args, *common.values())
-        state = pool_bag_passes.State(pooled, call)
+        call = pool_bag_passes.make_call(*args)
+        state = pool_bag_passes.State(results.pooled, call)
         part = torch.empty((2, case.n_rows, case.width))
         state.n_merged = 1
         state.merge(part, [part, part, part], 2, 2, 256)
-        pool_bag_passes.sum_slots(call, part, pooled, 2, 2, 256)
+        pool_bag_passes.sum_slots(call, part, results.pooled, 2, 2, 256)
     return [launch for recorder in recorders for launch in recorder.launches]
 
 

@@ -165,6 +165,8 @@ def test_check_names_what_does_not_fit(ragged: Ragged, message: str) -> None:
         (lambda: Ragged.from_lengths([1.5]), "lengths is torch.float32 of shape (1,)"),
         (lambda: Ragged.from_lengths([True]), "lengths is torch.bool of shape (1,)"),
         (lambda: Ragged.from_lengths([[1, 2]]), "it must be a vector of integers"),
+        (lambda: Ragged.from_lengths([1, 2j]), "it must be a vector of integers"),
+        (lambda: Ragged.from_lengths(["1", "2"]), "lengths is ['1', '2']; it must be a vector"),
         (lambda: Ragged.from_lengths(3), "lengths is torch.int64 of shape ()"),
         (lambda: Ragged.from_offsets([]), "offsets is empty; it must hold B + 1 cumulative"),
         (lambda: Ragged.from_offsets([0.0, 1.0]), "offsets is torch.float32"),

@@ -21,6 +21,7 @@ PACKAGES = {"survfuse": ROOT / "survfuse", "survfuse.triton_kernels": ROOT / "tr
 # types, errors and files that belong to no room; each may be used by all
 NEUTRAL = {
     "ragged": set(),
+    "pooling": {"ragged"},
     "batch": {"ragged"},
     "extras": set(),
     "outcomes": set(),

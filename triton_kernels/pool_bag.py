@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from survfuse.pooling import Needs, PooledBag, Pooling
+
 from . import pool_bag_shapes as shapes
 from .pool_bag_passes import (
     backward_rows,
@@ -25,36 +27,14 @@ from .pool_bag_passes import (
 )
 
 
-def pool_bag_forward(
-    rows: Tensor,
-    bag: Tensor,
-    bias: Tensor | None,
-    starts: Tensor,
-    lengths: Tensor,
-    total: int,
-    max_length: int,
-    *,
-    scale: float,
-    normalize: bool,
-    eps: float,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def pool_bag_forward(rows: Tensor, bag: Tensor, bias: Tensor | None, pooling: Pooling) -> PooledBag:
     """Softmax pooling: z_r = sum_i softmax_i(scale * a_r . x_i + bias_i) x_i.
 
     Args:
         rows: [B, R, D] fp32, or the type of the bag; any strides with a unit last one, as the bag.
         bag: [T, D] fp32, bf16 or fp16. Rows in no bag and rows with bias -inf are never read.
         bias: [T], or None.
-        starts, lengths: [B] int64; ranges are clamped to the stored rows.
-        total, max_length: rows of all bags and of the longest, as host integers.
-        scale: factor of the logits.
-        normalize: the bag's rows are layer-normalised (no affine) first.
-        eps: of the normalisation.
-        mean, rstd: [T] fp32 statistics of the bag's rows, or None: computed on the fly.
-        dropout_p: probability of dropping a weight; `seed` is then [1] int64.
+        pooling: the rest; ranges are clamped to the stored rows, statistics are fp32.
 
     Returns:
         pooled [B, R, D], lse [B, R] and weight_sum [B, R], fp32.
@@ -70,13 +50,10 @@ def pool_bag_forward(
     """
     n_bags, n_rows, width = rows.shape
     pooled = torch.empty((n_bags, n_rows, width), dtype=torch.float32, device=bag.device)
-    if total == 0 or pooled.numel() == 0:
+    if pooling.total == 0 or pooled.numel() == 0:
         lse = pooled.new_full((n_bags, n_rows), -torch.inf)
-        return pooled.zero_(), lse, torch.zeros_like(lse)
-    call = make_call(
-        *(rows, bag, bias, starts, lengths, total, max_length),
-        *(scale, normalize, eps, mean, rstd, dropout_p, seed),
-    )
+        return PooledBag(pooled.zero_(), lse, torch.zeros_like(lse))
+    call = make_call(rows, bag, bias, pooling)
     shape = shapes.narrow_shape(call.problem, call.limits, backward=False)
     if shape is None:
         return forward_wide(call, rows, pooled)
@@ -84,38 +61,21 @@ def pool_bag_forward(
 
 
 def pool_bag_backward(
-    d_pooled: Tensor,
-    d_lse: Tensor,
-    d_weight_sum: Tensor,
+    d_results: PooledBag,
+    results: PooledBag,
     rows: Tensor,
     bag: Tensor,
     bias: Tensor | None,
-    starts: Tensor,
-    lengths: Tensor,
-    total: int,
-    max_length: int,
-    *,
-    scale: float,
-    normalize: bool,
-    eps: float,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    pooled: Tensor,
-    lse: Tensor,
-    weight_sum: Tensor,
-    needs_rows: bool,
-    needs_bag: bool,
-    needs_bias: bool,
+    pooling: Pooling,
+    needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `pool_bag_forward`, with the weights recomputed from `lse`.
 
     Args:
-        d_pooled, d_lse, d_weight_sum: gradients of the three results, fp32.
-        pooled, lse, weight_sum: the three results.
-        needs_rows, needs_bag, needs_bias: which gradients to compute; the others are None.
-        The rest: as given to the forward.
+        d_results: gradients of the three results, fp32.
+        results: the three results.
+        rows, bag, bias, pooling: as given to the forward.
+        needs: which gradients to compute; the others are None.
 
     Returns:
         d_rows [B, R, D] fp32; d_bag [T, D] in the type of the bag; d_bias [T] fp32. Rows in no bag
@@ -129,21 +89,17 @@ def pool_bag_backward(
     """
     n_bags, n_rows, width = rows.shape
     d_rows = d_bag = d_bias = None
-    if needs_rows:
+    if needs.rows:
         d_rows = torch.empty((n_bags, n_rows, width), dtype=torch.float32, device=bag.device)
-    if needs_bag:
+    if needs.bag:
         d_bag = torch.empty(bag.shape, dtype=bag.dtype, device=bag.device)
-    if needs_bias:
+    if needs.bias:
         d_bias = torch.empty(bag.shape[:1], dtype=torch.float32, device=bag.device)
     gradients = (d_rows, d_bag, d_bias)
-    if total == 0 or rows.numel() == 0:
+    if pooling.total == 0 or rows.numel() == 0:
         return tuple(None if g is None else g.zero_() for g in gradients)
-    call = make_call(
-        *(rows, bag, bias, starts, lengths, total, max_length),
-        *(scale, normalize, eps, mean, rstd, dropout_p, seed),
-    )
-    saved = (d_pooled, pooled, lse, weight_sum, d_lse, d_weight_sum)
-    a, dz, per_row = prepare(call, rows, *(tensor.contiguous() for tensor in saved))
+    call = make_call(rows, bag, bias, pooling)
+    a, dz, per_row = prepare(call, rows, results, d_results)
     if d_rows is not None:
         backward_rows(call, a, dz, per_row, d_rows)
     if d_bag is not None or d_bias is not None:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from survfuse.pooling import PooledBag, Pooling
+
 from . import pool_bag_shapes as shapes
 from .pool_bag_merge import pool_bag_merge_kernel, pool_bag_sum_kernel
 from .pool_bag_narrow import pool_bag_bwd_rows_kernel, pool_bag_fwd_kernel
@@ -75,10 +77,7 @@ class Call(NamedTuple):
         )
 
 
-Results = tuple[Tensor, Tensor, Tensor]
-
-
-def forward_narrow(call: Call, shape: dict[str, int], rows: Tensor, pooled: Tensor) -> Results:
+def forward_narrow(call: Call, shape: dict[str, int], rows: Tensor, pooled: Tensor) -> PooledBag:
     """pooled, lse and weight_sum in one read of the bag per block of query rows."""
     n_bags, n_rows, _ = call.shape
     blocks = -(-n_rows // shape["BLOCK_R"])
@@ -120,7 +119,7 @@ def forward_narrow(call: Call, shape: dict[str, int], rows: Tensor, pooled: Tens
     return state.results
 
 
-def forward_wide(call: Call, rows: Tensor, pooled: Tensor) -> Results:
+def forward_wide(call: Call, rows: Tensor, pooled: Tensor) -> PooledBag:
     """The same by coefficients that are kept, chunk by chunk."""
     a, _, per_row = prepare(call, rows)
     state = State(pooled, call)
@@ -135,7 +134,7 @@ class State:
 
     def __init__(self, pooled: Tensor, call: Call) -> None:
         self.call = call
-        self.results = (pooled, *(pooled.new_empty(call.shape[:2]) for _ in range(2)))
+        self.results = PooledBag(pooled, *(pooled.new_empty(call.shape[:2]) for _ in range(2)))
         self.pair = _planes(pooled, 2, 3 * call.shape[0] * call.shape[1])
         self.n_merged = 0
 
@@ -371,26 +370,24 @@ def sum_slots(
 
 
 def prepare(
-    call: Call, rows: Tensor, d_pooled: Tensor | None = None, *saved: Tensor
+    call: Call, rows: Tensor, results: PooledBag | None = None, d_results: PooledBag | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Rounded query rows and gradients, and what is known per query row.
-
-    `saved` are pooled, lse, weight_sum, d_lse and d_weight_sum, beside a d_pooled.
-    """
+    """Rounded query rows and, in the backward, gradients, and what is known per query row."""
     n_bags, n_rows, width = call.shape
     bag = call.bag
     padded = -(-width // 16) * 16
     a = torch.empty((n_bags, n_rows, padded), dtype=bag.dtype, device=bag.device)
-    dz = None if d_pooled is None else torch.empty_like(a)
+    backward = d_results is not None
+    dz = torch.empty_like(a) if backward else None
+    saved = [t.contiguous() for t in (*results, *d_results)] if backward else [None] * 6
     per_row = torch.empty(
-        (N_PLANES.value if dz is not None else 2, n_bags, n_rows),
+        (N_PLANES.value if backward else 2, n_bags, n_rows),
         dtype=torch.float32,
         device=bag.device,
     )
     pool_bag_prepare_kernel[(n_bags * n_rows,)](
         rows,
-        d_pooled,
-        *(saved or (None,) * 5),
+        *saved,
         a,
         dz,
         per_row,
@@ -418,24 +415,23 @@ def _planes(like: Tensor, count: int, size: int) -> list[Tensor]:
     return [plane[:size] for plane in planes]
 
 
-def make_call(
-    rows, bag, bias, starts, lengths, total, max_length, scale, normalize, eps, mean, rstd, p, seed
-) -> Call:
-    """Arguments of the launchers, in their order."""
+def make_call(rows: Tensor, bag: Tensor, bias: Tensor | None, pooling: Pooling) -> Call:
+    """What the launchers are given, as their kernels take it."""
+    normalize, p = pooling.normalize, pooling.dropout_p
     return Call(
         bag=bag,
         bias=bias,
-        mean=mean if normalize else None,
-        rstd=rstd if normalize else None,
-        seed=seed if p > 0 else None,
-        starts=starts,
-        lengths=lengths,
-        total=total,
-        max_length=max_length,
+        mean=pooling.mean if normalize else None,
+        rstd=pooling.rstd if normalize else None,
+        seed=pooling.seed if p > 0 else None,
+        starts=pooling.starts,
+        lengths=pooling.lengths,
+        total=pooling.total,
+        max_length=pooling.max_length,
         shape=tuple(rows.shape),
-        scale=scale,
+        scale=pooling.scale,
         normalize=normalize,
-        eps=eps,
+        eps=pooling.eps,
         # as survfuse/reference/dropout.py; p = 1 drops all: no weight is left to scale
         threshold=min(round(p * 2**32), 2**32 - 1),
         keep_scale=1.0 / (1.0 - p) if p < 1 else 0.0,

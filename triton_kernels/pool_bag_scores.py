@@ -254,10 +254,10 @@ def _round(values, dtype: tl.constexpr):
 @triton.jit(do_not_specialize=["n_rows"])
 def pool_bag_prepare_kernel(
     rows_ptr,  # [B, R, D] in
-    d_pooled_ptr,  # [B, R, D] in    or None: forward
-    pooled_ptr,  # [B, R, D] in    backward only, as the rest
+    pooled_ptr,  # [B, R, D] in    this and the next five or None: forward
     lse_ptr,  # [B, R] in
     weight_sum_ptr,  # [B, R] in
+    d_pooled_ptr,  # [B, R, D] in
     d_lse_ptr,  # [B, R] in
     d_weight_sum_ptr,  # [B, R] in
     a_ptr,  # [B, R, PADDED] out   rows in the type of the bag, PADDED the next multiple of 16

@@ -10,98 +10,59 @@ import torch
 from torch import Tensor
 
 from survfuse.native.core import CPU_ISAS, ELEMENT_TYPES, address, native_core, workspace
-from survfuse.tiled.pool_bag import accumulation_type, balance_rows
+from survfuse.pooling import Needs, PooledBag, Pooling, accumulation_type
+from survfuse.tiled.pool_bag import balance_rows, weighted_gradient
 
 
 def pool_bag_forward(
-    rows: Tensor,
-    bag: Tensor,
-    bias: Tensor | None,
-    starts: Tensor,
-    lengths: Tensor,
-    total: int,
-    max_length: int,
-    *,
-    scale: float,
-    normalize: bool,
-    eps: float,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    isa: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """pooled [B, R, D], lse [B, R], weight_sum [B, R], all of the accumulation type."""
+    rows: Tensor, bag: Tensor, bias: Tensor | None, pooling: Pooling, *, isa: str = "auto"
+) -> PooledBag:
+    """Results of the accumulation type."""
     kind = accumulation_type(bag.dtype)
-    pooled = bag.new_empty(rows.shape, dtype=kind)
-    lse = bag.new_empty(rows.shape[:2], dtype=kind)
-    weight_sum = bag.new_empty(rows.shape[:2], dtype=kind)
-    arguments, alive = _arguments(
-        rows, bag, bias, starts, lengths, total, scale, normalize, eps, mean, rstd, dropout_p, seed,
-        isa,
-    )  # fmt: skip
-    arguments |= {
-        "pooled": address(pooled),
-        "lse": address(lse),
-        "weight_sum": address(weight_sum),
-    }
+    shapes = (rows.shape, rows.shape[:2], rows.shape[:2])
+    results = PooledBag(*(bag.new_empty(shape, dtype=kind) for shape in shapes))
+    arguments, alive = _arguments(rows, bag, bias, pooling, isa)
+    arguments |= {name: address(tensor) for name, tensor in results._asdict().items()}
     native_core().pool_bag_forward(arguments)
     del alive
-    return pooled, lse, weight_sum
+    return results
 
 
 def pool_bag_backward(
-    d_pooled: Tensor,
-    d_lse: Tensor,
-    d_weight_sum: Tensor,
+    d_results: PooledBag,
+    results: PooledBag,
     rows: Tensor,
     bag: Tensor,
     bias: Tensor | None,
-    starts: Tensor,
-    lengths: Tensor,
-    total: int,
-    max_length: int,
+    pooling: Pooling,
+    needs: Needs,
     *,
-    scale: float,
-    normalize: bool,
-    eps: float,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    pooled: Tensor,
-    lse: Tensor,
-    weight_sum: Tensor,
-    needs_rows: bool,
-    needs_bag: bool,
-    needs_bias: bool,
     isa: str = "auto",
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """d_rows [B, R, D], d_bag [T, D] of the bag's type, d_bias [T]; None where not needed."""
     kind = accumulation_type(bag.dtype)
-    d_pooled, d_weight_sum = d_pooled.to(kind).contiguous(), d_weight_sum.to(kind).contiguous()
+    d_results = PooledBag(*(tensor.to(kind).contiguous() for tensor in d_results))
     # rounded as the kernel's products round it: the two must cancel
-    rounded = d_pooled.to(bag.dtype).to(kind) if rounds_products(bag.dtype, isa) else d_pooled
-    delta = (rounded * pooled).sum(-1) + d_weight_sum * weight_sum - d_lse
-    d_rows = bag.new_empty(rows.shape, dtype=kind) if needs_rows else None
-    overlapping, covering = _coverage(starts, lengths, bag.shape[0])
+    rounded = d_results.pooled
+    if rounds_products(bag.dtype, isa):
+        rounded = rounded.to(bag.dtype).to(kind)
+    delta = weighted_gradient(rounded, d_results, results)
+    d_rows = bag.new_empty(rows.shape, dtype=kind) if needs.rows else None
+    overlapping, covering = _coverage(pooling.starts, pooling.lengths, bag.shape[0])
     make = torch.empty if covering else torch.zeros
     # sums of overlapping bags are rounded once, at the end
     d_bag_type = kind if overlapping else bag.dtype
-    d_bag = make(bag.shape, dtype=d_bag_type) if needs_bag else None
-    d_bias = make(bag.shape[0], dtype=kind) if needs_bias else None
-    arguments, alive = _arguments(
-        rows, bag, bias, starts, lengths, total, scale, normalize, eps, mean, rstd, dropout_p, seed,
-        isa,
-    )  # fmt: skip
-    lse, delta = lse.contiguous(), delta.contiguous()
+    d_bag = make(bag.shape, dtype=d_bag_type) if needs.bag else None
+    d_bias = make(bag.shape[0], dtype=kind) if needs.bias else None
+    arguments, alive = _arguments(rows, bag, bias, pooling, isa)
+    lse, delta = results.lse.contiguous(), delta.contiguous()
     d_logit_sum = torch.empty_like(lse)
     arguments |= {
         "d_logit_sum": address(d_logit_sum),
         "lse": address(lse),
         "delta": address(delta),
-        "d_pooled": address(d_pooled),
-        "d_weight_sum": address(d_weight_sum),
+        "d_pooled": address(d_results.pooled),
+        "d_weight_sum": address(d_results.weight_sum),
         "d_rows": address(d_rows),
         "d_bag": address(d_bag),
         "d_bias": address(d_bias),
@@ -111,7 +72,7 @@ def pool_bag_backward(
     native_core().pool_bag_backward(arguments)
     del alive
     if d_rows is not None:
-        balance_rows(d_rows, d_logit_sum, d_lse, pooled, scale)
+        balance_rows(d_rows, d_logit_sum, d_results.lse, results.pooled, pooling.scale)
     return d_rows, None if d_bag is None else d_bag.to(bag.dtype), d_bias
 
 
@@ -122,33 +83,21 @@ def rounds_products(dtype: torch.dtype, isa: str) -> bool:
 
 
 def _arguments(
-    rows: Tensor,
-    bag: Tensor,
-    bias: Tensor | None,
-    starts: Tensor,
-    lengths: Tensor,
-    total: int,
-    scale: float,
-    normalize: bool,
-    eps: float,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    isa: str,
+    rows: Tensor, bag: Tensor, bias: Tensor | None, pooling: Pooling, isa: str
 ) -> tuple[dict, list]:
     """The launcher's arguments, and the tensors that must outlive the call."""
     kind = accumulation_type(bag.dtype)
     rows = rows.to(kind).contiguous()
     bias, mean, rstd = (
-        None if tensor is None else tensor.to(kind).contiguous() for tensor in (bias, mean, rstd)
+        None if tensor is None else tensor.to(kind).contiguous()
+        for tensor in (bias, pooling.mean, pooling.rstd)
     )
-    starts, lengths = starts.contiguous(), lengths.contiguous()
+    starts, lengths = pooling.starts.contiguous(), pooling.lengths.contiguous()
     n_bags, n_rows, dim = rows.shape
     n_threads = torch.get_num_threads()
     element = ELEMENT_TYPES[bag.dtype]
     memory = workspace(
-        native_core().pool_bag_workspace(n_bags, n_rows, dim, total, element, n_threads)
+        native_core().pool_bag_workspace(n_bags, n_rows, dim, pooling.total, element, n_threads)
     )
     arguments = {
         "rows": address(rows),
@@ -163,11 +112,11 @@ def _arguments(
         "dim": dim,
         "bag_stride": bag.stride(0),
         "bag_type": element,
-        "scale": scale,
-        "normalize": normalize,
-        "eps": eps,
-        "dropout_p": dropout_p if seed is not None else 0.0,
-        "seed": 0 if seed is None else int(seed),
+        "scale": pooling.scale,
+        "normalize": pooling.normalize,
+        "eps": pooling.eps,
+        "dropout_p": 0.0 if pooling.seed is None else pooling.dropout_p,
+        "seed": 0 if pooling.seed is None else int(pooling.seed),
         "workspace": address(memory),
         "n_threads": n_threads,
         "isa": CPU_ISAS.index(isa),

@@ -11,7 +11,7 @@ from survfuse.ops.tokens_attend_bag import (
     tokens_attend_bag_weights,
     tokens_attend_bag_with_lse,
 )
-from survfuse.reference.pool_bag import PooledBag
+from survfuse.pooling import PooledBag
 
 __all__ = [
     "PooledBag",

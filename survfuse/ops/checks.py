@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 
+_NUMBERS = (numbers.Real, torch.SymFloat, torch.SymInt)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -39,8 +42,22 @@ def check_bag(bag: Tensor) -> None:
         raise ValueError(f"bag has shape {tuple(bag.shape)}; a patch needs at least one feature")
 
 
+def check_number(name: str, value: float) -> None:
+    """Raise unless `value` is one real number."""
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+        raise TypeError(f"{name} is {value!r}; it must be a number")
+
+
+def check_eps(name: str, eps: float) -> None:
+    """Raise unless `eps` can stand under a root: a number of at least 0."""
+    check_number(name, eps)
+    if not eps >= 0:
+        raise ValueError(f"{name} is {eps}; it must be at least 0")
+
+
 def check_dropout(dropout_p: float) -> None:
     """Raise unless 0 <= dropout_p < 1."""
+    check_number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; it must be at least 0 and below 1")
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear
 
+from survfuse.pooling import accumulation_type
 from survfuse.ragged import Ragged
 from survfuse.reference.dropout import draw_seed, keep_mask
 
@@ -32,7 +33,7 @@ def formed_attention(
     weights = (w_k, w_v, b_k, b_v, norm)
     n_bags = query.shape[0]
     if n_bags == 0 or ragged.max_length == 0:
-        kind = torch.float64 if bag.dtype == torch.float64 else torch.float32
+        kind = accumulation_type(bag.dtype)
         # zero, and yet a function of every argument, so that each has its zero gradient
         arguments = (query, bag, w_k, w_v, b_k, b_v, bias, *(norm or ())[:2])
         zero = sum(t.flatten()[:0].sum().to(kind) for t in arguments if t is not None)
@@ -73,7 +74,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """One batch of bags: rows [B, N] of the packed matrix, valid [B, N]."""
     w_k, w_v, b_k, b_v, norm = weights
-    kind = torch.float64 if bag.dtype == torch.float64 else torch.float32
+    kind = accumulation_type(bag.dtype)
     n_bags, n = rows.shape
     heads = query.shape[2]
     x = bag[rows]

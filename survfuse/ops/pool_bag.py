@@ -5,7 +5,6 @@ Oracle: survfuse/reference/pool_bag.py.  Math: docs/math.md, "Pooling".
 
 from __future__ import annotations
 
-import functools
 import importlib
 
 import torch
@@ -15,9 +14,23 @@ from survfuse import reference
 from survfuse.ops.backends import select_backend
 from survfuse.ops.checks import check_bag, check_bias, check_dropout, check_tensor
 from survfuse.ops.flops import flop_formula
+from survfuse.ops.registration import (
+    POOLING_SCHEMA,
+    check_ranges,
+    check_ranges_eagerly,
+    fake_gradients,
+    gradients_like,
+    make_pooling,
+    no_double_backward,
+    save_call,
+    saved_call,
+    to_autograd,
+    unit_stride,
+    without_autocast,
+)
+from survfuse.pooling import Needs, PooledBag, Pooling, accumulation_type
 from survfuse.ragged import Ragged, as_packed
 from survfuse.reference.dropout import draw_seed
-from survfuse.reference.pool_bag import PooledBag
 
 _MODULES = {
     "tiled": "survfuse.tiled.pool_bag",
@@ -84,6 +97,8 @@ def pool_bag(
     """
     packed, bias, ragged = check_pooling(rows, bag, bias, ragged, stats)
     check_dropout(dropout_p)
+    seed = draw_seed(bag.device) if dropout_p > 0 and backend != "reference" else None
+    pooling = make_pooling(ragged, scale, normalize_eps, stats, dropout_p, seed)
     if backend == "reference":
         check_ranges_eagerly(packed, ragged)
         return reference.pool_bag(
@@ -96,24 +111,7 @@ def pool_bag(
             stats=stats,
             dropout_p=dropout_p,
         )
-    mean, rstd = (None, None) if stats is None or normalize_eps is None else stats
-    pooled, lse, weight_sum = _forward(
-        rows,
-        packed,
-        bias,
-        ragged.starts,
-        ragged.lengths,
-        ragged.total,
-        ragged.max_length,
-        scale,
-        normalize_eps is not None,
-        0.0 if normalize_eps is None else normalize_eps,
-        mean,
-        rstd,
-        dropout_p,
-        draw_seed(bag.device) if dropout_p > 0 else None,
-        backend or "",
-    )
+    pooled, lse, weight_sum = _forward(rows, packed, bias, *pooling, backend or "")
     return PooledBag(pooled.to(rows.dtype), lse, weight_sum.to(rows.dtype))
 
 
@@ -139,34 +137,12 @@ def check_pooling(
     return packed, bias, ragged
 
 
-def check_ranges(bag: Tensor, starts: Tensor, lengths: Tensor, total: int, max_length: int) -> None:
-    """On the CPU, raise unless every bag lies within the matrix; kernels on a device clamp."""
-    if bag.device.type == "cpu":
-        Ragged(starts, lengths, total, max_length).check(bag.shape[0])
-
-
-def check_ranges_eagerly(bag: Tensor, ragged: Ragged) -> None:
-    """The same where no op stands between; a graph being compiled cannot look at values."""
-    if not torch.compiler.is_compiling():
-        check_ranges(bag, *ragged)
-
-
-def without_autocast(function):
-    """Autocast would round the fp32 products inside an implementation to 16 bits."""
-
-    @functools.wraps(function)
-    def wrapped(*arguments):
-        with torch.autocast(arguments[0].device.type, enabled=False):
-            return function(*arguments)
-
-    return wrapped
-
-
-_SIZES = "Tensor starts, Tensor lengths, SymInt total, SymInt max_length"
-_OPTIONS = (
-    "float scale, bool normalize, float eps, Tensor? mean, Tensor? rstd, "
+_INPUTS = (
+    f"Tensor rows, Tensor bag, Tensor? bias, {POOLING_SCHEMA}, "
     "float dropout_p, Tensor? seed, str backend"
 )
+_RESULTS = "Tensor pooled, Tensor lse, Tensor weight_sum"
+_D_RESULTS = "Tensor d_pooled, Tensor d_lse, Tensor d_weight_sum"
 
 
 def _implementation(backend: str, bag: Tensor, n_rows: int):
@@ -175,183 +151,58 @@ def _implementation(backend: str, bag: Tensor, n_rows: int):
 
 
 @torch.library.custom_op(
-    "survfuse::pool_bag",
-    mutates_args=(),
-    schema=f"(Tensor rows, Tensor bag, Tensor? bias, {_SIZES}, {_OPTIONS}) "
-    "-> (Tensor, Tensor, Tensor)",
+    "survfuse::pool_bag", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor, Tensor)"
 )
 @without_autocast
-def _forward(
-    rows,
-    bag,
-    bias,
-    starts,
-    lengths,
-    total,
-    max_length,
-    scale,
-    normalize,
-    eps,
-    mean,
-    rstd,
-    dropout_p,
-    seed,
-    backend,
-):
-    check_ranges(bag, starts, lengths, total, max_length)
+def _forward(rows, bag, bias, *options):
+    *pooling, backend = options
+    pooling = Pooling(*pooling)
+    check_ranges(bag, pooling.ragged)
     module = _implementation(backend, bag, rows.shape[1])
-    return module.pool_bag_forward(
-        rows,
-        unit_stride(bag),
-        bias,
-        starts,
-        lengths,
-        total,
-        max_length,
-        scale=scale,
-        normalize=normalize,
-        eps=eps,
-        mean=mean,
-        rstd=rstd,
-        dropout_p=dropout_p,
-        seed=seed,
-    )
+    return module.pool_bag_forward(rows, unit_stride(bag), bias, pooling)
 
 
 @_forward.register_fake
 def _(rows, bag, *rest):
-    kind = torch.float64 if bag.dtype == torch.float64 else torch.float32
-    shape = rows.shape[:2]
-    return (
-        bag.new_empty(rows.shape, dtype=kind),
-        bag.new_empty(shape, dtype=kind),
-        bag.new_empty(shape, dtype=kind),
-    )
+    kind = accumulation_type(bag.dtype)
+    shapes = (rows.shape, rows.shape[:2], rows.shape[:2])
+    return tuple(bag.new_empty(shape, dtype=kind) for shape in shapes)
 
 
 @torch.library.custom_op(
     "survfuse::pool_bag_backward",
     mutates_args=(),
-    schema="(Tensor d_pooled, Tensor d_lse, Tensor d_weight_sum, Tensor rows, Tensor bag, "
-    f"Tensor? bias, {_SIZES}, {_OPTIONS}, Tensor pooled, Tensor lse, Tensor weight_sum, "
+    schema=f"({_D_RESULTS}, {_RESULTS}, {_INPUTS}, "
     "bool needs_rows, bool needs_bag, bool needs_bias) -> (Tensor, Tensor, Tensor)",
 )
 @without_autocast
-def _backward(
-    d_pooled,
-    d_lse,
-    d_weight_sum,
-    rows,
-    bag,
-    bias,
-    starts,
-    lengths,
-    total,
-    max_length,
-    scale,
-    normalize,
-    eps,
-    mean,
-    rstd,
-    dropout_p,
-    seed,
-    backend,
-    pooled,
-    lse,
-    weight_sum,
-    needs_rows,
-    needs_bag,
-    needs_bias,
-):
+def _backward(*arguments):
+    d_results, results = PooledBag(*arguments[:3]), PooledBag(*arguments[3:6])
+    rows, bag, bias, *pooling, backend = arguments[6:-3]
     module = _implementation(backend, bag, rows.shape[1])
     gradients = module.pool_bag_backward(
-        d_pooled,
-        d_lse,
-        d_weight_sum,
-        rows,
-        unit_stride(bag),
-        bias,
-        starts,
-        lengths,
-        total,
-        max_length,
-        scale=scale,
-        normalize=normalize,
-        eps=eps,
-        mean=mean,
-        rstd=rstd,
-        dropout_p=dropout_p,
-        seed=seed,
-        pooled=pooled,
-        lse=lse,
-        weight_sum=weight_sum,
-        needs_rows=needs_rows,
-        needs_bag=needs_bag,
-        needs_bias=needs_bias,
+        d_results, results, rows, unit_stride(bag), bias, Pooling(*pooling), Needs(*arguments[-3:])
     )
-    # an op returns a fixed number of tensors: an empty one stands for "not needed"
-    types = (rows.dtype, bag.dtype, bag.dtype if bias is None else bias.dtype)
-    return tuple(
-        bag.new_empty(0, dtype=kind) if gradient is None else gradient.to(kind)
-        for gradient, kind in zip(gradients, types, strict=True)
-    )
+    return gradients_like(gradients, (rows, bag, bias))
 
 
 @_backward.register_fake
-def _(d_pooled, d_lse, d_weight_sum, rows, bag, bias, *rest):
-    needs_rows, needs_bag, needs_bias = rest[-3:]
-    bias_type = bag.dtype if bias is None else bias.dtype
-    return (
-        rows.new_empty(rows.shape if needs_rows else (0,)),
-        bag.new_empty(bag.shape if needs_bag else (0,)),
-        bag.new_empty(bag.shape[:1] if needs_bias else (0,), dtype=bias_type),
-    )
+def _(*arguments):
+    return fake_gradients(arguments[6:9], arguments[-3:])
 
 
 def _save(ctx, inputs, output):
-    (rows, bag, bias, starts, lengths, total, max_length, *options) = inputs
-    scale, normalize, eps, mean, rstd, dropout_p, seed, backend = options
-    ctx.save_for_backward(rows, bag, bias, starts, lengths, mean, rstd, seed, *output)
-    ctx.sizes = (total, max_length)
-    ctx.options = (scale, normalize, eps, dropout_p, backend)
+    save_call(ctx, inputs, output)
 
 
-def _differentiate(ctx, d_pooled, d_lse, d_weight_sum):
-    rows, bag, bias, starts, lengths, mean, rstd, seed, *output = ctx.saved_tensors
-    scale, normalize, eps, dropout_p, backend = ctx.options
+def _differentiate(ctx, *d_results):
+    results, inputs = saved_call(ctx)
     needs = ctx.needs_input_grad[:3]
-    gradients = _backward(
-        d_pooled,
-        d_lse,
-        d_weight_sum,
-        rows,
-        bag,
-        bias,
-        starts,
-        lengths,
-        *ctx.sizes,
-        scale,
-        normalize,
-        eps,
-        mean,
-        rstd,
-        dropout_p,
-        seed,
-        backend,
-        *output,
-        *needs,
-    )
-    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 12
-
-
-def _no_double_backward(ctx, *gradients):
-    raise RuntimeError(
-        'pool_bag has no double backward on this backend; backend="reference" has one'
-    )
+    return to_autograd(_backward(*d_results, *results, *inputs, *needs), needs, len(inputs))
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
-_backward.register_autograd(_no_double_backward)
+_backward.register_autograd(no_double_backward("pool_bag"))
 
 
 @flop_formula(torch.ops.survfuse.pool_bag)
@@ -360,11 +211,6 @@ def _forward_flops(rows_shape, bag_shape, bias, starts, lengths, total, *rest, *
 
 
 @flop_formula(torch.ops.survfuse.pool_bag_backward)
-def _backward_flops(dz, dlse, dws, rows_shape, bag_shape, bias, starts, lengths, total, *rest, **_):
-    needs_bag = rest[-2]
+def _backward_flops(*arguments, **_) -> int:
+    rows_shape, total, needs_bag = arguments[6], arguments[11], arguments[-2]
     return (10 if needs_bag else 6) * total * rows_shape[1] * rows_shape[2]
-
-
-def unit_stride(bag: Tensor) -> Tensor:
-    """The bag with a unit last stride: as it is, or a copy."""
-    return bag if bag.stride(-1) == 1 else bag.contiguous()

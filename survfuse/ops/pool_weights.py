@@ -12,13 +12,22 @@ from survfuse import reference
 from survfuse.ops.backends import BACKENDS
 from survfuse.ops.checks import check_reduce, check_tensor
 from survfuse.ops.flops import flop_formula
-from survfuse.ops.pool_bag import (
-    check_pooling,
+from survfuse.ops.pool_bag import check_pooling
+from survfuse.ops.registration import (
+    POOLING_SCHEMA,
     check_ranges,
     check_ranges_eagerly,
+    fake_gradients,
+    gradients_like,
+    make_pooling,
+    no_double_backward,
+    save_call,
+    saved_call,
+    to_autograd,
     unit_stride,
     without_autocast,
 )
+from survfuse.pooling import Pooling, accumulation_type
 from survfuse.ragged import Ragged
 from survfuse.tiled.pool_weights import pool_weights_backward, pool_weights_forward
 
@@ -83,6 +92,7 @@ def pool_weights(
                 f'reduce="heads" needs lse as [B, Lq, H]; its shape is {tuple(lse.shape)}'
             )
     check_weights_backend(backend)
+    pooling = make_pooling(ragged, scale, normalize_eps, stats)
     if backend == "reference":
         check_ranges_eagerly(packed, ragged)
         return reference.pool_weights(
@@ -96,24 +106,8 @@ def pool_weights(
             stats=stats,
             reduce=reduce,
         )
-    mean, rstd = (None, None) if stats is None or normalize_eps is None else stats
     group = {None: 1, "rows": n_rows, "heads": lse.shape[-1]}[reduce]
-    weights = _forward(
-        rows,
-        packed,
-        lse.reshape(n_bags, n_rows),
-        bias,
-        ragged.starts,
-        ragged.lengths,
-        ragged.total,
-        ragged.max_length,
-        scale,
-        normalize_eps is not None,
-        0.0 if normalize_eps is None else normalize_eps,
-        mean,
-        rstd,
-        group,
-    )
+    weights = _forward(rows, packed, lse.reshape(n_bags, n_rows), bias, *pooling[:9], group)
     if reduce == "rows":
         return weights.reshape(ragged.total)
     return weights.reshape(ragged.total, *lse.shape[1 : 3 if reduce is None else 2])
@@ -130,120 +124,55 @@ def check_weights_backend(backend: str | None) -> None:
         )
 
 
-_SIZES = "Tensor starts, Tensor lengths, SymInt total, SymInt max_length"
-_OPTIONS = "float scale, bool normalize, float eps, Tensor? mean, Tensor? rstd, SymInt group"
+_INPUTS = f"Tensor rows, Tensor bag, Tensor lse, Tensor? bias, {POOLING_SCHEMA}, SymInt group"
 
 
-@torch.library.custom_op(
-    "survfuse::pool_weights",
-    mutates_args=(),
-    schema=f"(Tensor rows, Tensor bag, Tensor lse, Tensor? bias, {_SIZES}, {_OPTIONS}) -> Tensor",
-)
+@torch.library.custom_op("survfuse::pool_weights", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
 @without_autocast
-def _forward(
-    rows, bag, lse, bias, starts, lengths, total, max_length, scale, normalize, eps, mean, rstd,
-    group,
-):  # fmt: skip
-    check_ranges(bag, starts, lengths, total, max_length)
-    return pool_weights_forward(
-        rows,
-        unit_stride(bag),
-        lse,
-        bias,
-        starts,
-        lengths,
-        total,
-        max_length,
-        scale=scale,
-        normalize=normalize,
-        eps=eps,
-        mean=mean,
-        rstd=rstd,
-        group=group,
-    )
+def _forward(rows, bag, lse, bias, *options):
+    *pooling, group = options
+    pooling = Pooling(*pooling)
+    check_ranges(bag, pooling.ragged)
+    return pool_weights_forward(rows, unit_stride(bag), lse, bias, pooling, group)
 
 
 @_forward.register_fake
 def _(rows, bag, lse, bias, starts, lengths, total, *rest):
-    kind = torch.float64 if bag.dtype == torch.float64 else torch.float32
-    return bag.new_empty((total, rows.shape[1] // rest[-1]), dtype=kind)
+    return bag.new_empty((total, rows.shape[1] // rest[-1]), dtype=accumulation_type(bag.dtype))
 
 
 @torch.library.custom_op(
     "survfuse::pool_weights_backward",
     mutates_args=(),
-    schema="(Tensor d_weights, Tensor rows, Tensor bag, Tensor lse, Tensor? bias, "
-    f"{_SIZES}, {_OPTIONS}, bool needs_rows, bool needs_bag, bool needs_lse, bool needs_bias) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor d_weights, {_INPUTS}, bool needs_rows, bool needs_bag, bool needs_lse, "
+    "bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 @without_autocast
-def _backward(
-    d_weights, rows, bag, lse, bias, starts, lengths, total, max_length, scale, normalize, eps,
-    mean, rstd, group, needs_rows, needs_bag, needs_lse, needs_bias,
-):  # fmt: skip
+def _backward(d_weights, rows, bag, lse, bias, *options):
+    *pooling, group = options[:-4]
     gradients = pool_weights_backward(
-        d_weights,
-        rows,
-        unit_stride(bag),
-        lse,
-        bias,
-        starts,
-        lengths,
-        total,
-        max_length,
-        scale=scale,
-        normalize=normalize,
-        eps=eps,
-        mean=mean,
-        rstd=rstd,
-        group=group,
-        needs_rows=needs_rows,
-        needs_bag=needs_bag,
-        needs_lse=needs_lse,
-        needs_bias=needs_bias,
+        d_weights, rows, unit_stride(bag), lse, bias, Pooling(*pooling), group, options[-4:]
     )
-    types = (rows.dtype, bag.dtype, lse.dtype, bag.dtype if bias is None else bias.dtype)
-    return tuple(
-        bag.new_empty(0, dtype=kind) if gradient is None else gradient.to(kind)
-        for gradient, kind in zip(gradients, types, strict=True)
-    )
+    return gradients_like(gradients, (rows, bag, lse, bias))
 
 
 @_backward.register_fake
-def _(d_weights, rows, bag, lse, bias, *rest):
-    needs = rest[-4:]
-    bias_like = bag.new_empty(bag.shape[:1], dtype=bag.dtype if bias is None else bias.dtype)
-    return tuple(
-        like.new_empty(like.shape if need else (0,))
-        for like, need in zip((rows, bag, lse, bias_like), needs, strict=True)
-    )
+def _(d_weights, rows, bag, lse, bias, *options):
+    return fake_gradients((rows, bag, lse, bias), options[-4:])
 
 
 def _save(ctx, inputs, output):
-    (rows, bag, lse, bias, starts, lengths, *sizes) = inputs
-    total, max_length, scale, normalize, eps, mean, rstd, group = sizes
-    ctx.save_for_backward(rows, bag, lse, bias, starts, lengths, mean, rstd)
-    ctx.options = (total, max_length, scale, normalize, eps, group)
+    save_call(ctx, inputs)
 
 
 def _differentiate(ctx, d_weights):
-    *tensors, mean, rstd = ctx.saved_tensors
-    total, max_length, scale, normalize, eps, group = ctx.options
+    _, inputs = saved_call(ctx)
     needs = ctx.needs_input_grad[:4]
-    gradients = _backward(
-        d_weights, *tensors, total, max_length, scale, normalize, eps, mean, rstd, group, *needs
-    )
-    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 10
-
-
-def _no_double_backward(ctx, *gradients):
-    raise RuntimeError(
-        'pool_weights has no double backward on this backend; backend="reference" has one'
-    )
+    return to_autograd(_backward(d_weights, *inputs, *needs), needs, len(inputs))
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
-_backward.register_autograd(_no_double_backward)
+_backward.register_autograd(no_double_backward("pool_weights"))
 
 
 @flop_formula(torch.ops.survfuse.pool_weights)

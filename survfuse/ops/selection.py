@@ -33,6 +33,7 @@ def selected_backend(
 
     Raises:
         ValueError: no op has that name.
+        TypeError: `tokens_attend_bag` without its two weights.
         RuntimeError: the named backend cannot serve the call.
 
     Example:
@@ -48,6 +49,8 @@ def selected_backend(
         check_weights_backend(backend)
     n_rows = tokens.shape[1]
     if op == "tokens_attend_bag":
+        if len(weights) != 2:
+            raise TypeError(f"weights are {len(weights)} tensors; they must be two, w_k and w_v")
         w_v = weights[1]
         packed, ragged = as_packed(bag, ragged, tokens.shape[0])
         n_heads, head_dim = tokens.shape[2:]

@@ -10,10 +10,20 @@ from torch import Tensor
 
 from survfuse import reference
 from survfuse.ops.absorption import absorbs, resolve_absorb
-from survfuse.ops.checks import check_bag, check_bias, check_dropout, check_reduce, check_tensor
+from survfuse.ops.checks import (
+    check_bag,
+    check_bias,
+    check_dropout,
+    check_eps,
+    check_number,
+    check_reduce,
+    check_tensor,
+)
 from survfuse.ops.formed_attention import formed_attention
-from survfuse.ops.pool_bag import check_ranges_eagerly, pool_bag
+from survfuse.ops.pool_bag import pool_bag
 from survfuse.ops.pool_weights import pool_weights
+from survfuse.ops.registration import check_ranges_eagerly
+from survfuse.pooling import accumulation_type
 from survfuse.ragged import Ragged, as_packed
 
 
@@ -126,6 +136,7 @@ def tokens_attend_bag_with_lse(
     packed, bias, ragged = _check(
         query, bag, w_k, w_v, b_k, b_v, norm_weight, norm_bias, bias, ragged
     )
+    _check_numbers(norm_eps, scale)
     check_dropout(dropout_p)
     absorb = resolve_absorb(absorb, backend)
     if backend == "reference":
@@ -227,6 +238,7 @@ def tokens_attend_bag_weights(
     packed, bias, ragged = _check(
         query, bag, w_k, None, b_k, None, norm_weight, norm_bias, bias, ragged
     )
+    _check_numbers(norm_eps, scale)
     check_reduce(reduce)
     check_tensor("lse", lse, shape=tuple(query.shape[:3]), device=bag.device)
     if backend == "reference":
@@ -264,7 +276,7 @@ def tokens_attend_bag_weights(
 
 def absorb_queries(query: Tensor, w_k: Tensor, norm_weight: Tensor | None) -> Tensor:
     """The rows [B, Lq * H, D] whose dot product with a (normalised) patch is q . W_k x."""
-    kind = torch.float64 if query.dtype == torch.float64 else torch.float32
+    kind = accumulation_type(query.dtype)
     rows = torch.einsum("bqhe,hed->bqhd", query.to(kind), w_k.to(kind))
     if norm_weight is not None:
         rows = rows * norm_weight.to(kind)
@@ -275,7 +287,7 @@ def constant_logit(
     query: Tensor, w_k: Tensor, b_k: Tensor | None, norm_bias: Tensor | None, scale: float
 ) -> Tensor | None:
     """scale * q . (W_k beta + b_k), [B, Lq, H]: what absorbing leaves out of every logit."""
-    kind = torch.float64 if query.dtype == torch.float64 else torch.float32
+    kind = accumulation_type(query.dtype)
     shift = None if b_k is None else b_k.to(kind)
     if norm_bias is not None:
         projected = w_k.to(kind) @ norm_bias.to(kind)
@@ -316,3 +328,9 @@ def _check(
         bias = check_bias(bias, bag)
     packed, ragged = as_packed(bag, ragged, query.shape[0])
     return packed, bias, ragged
+
+
+def _check_numbers(norm_eps: float, scale: float | None) -> None:
+    check_eps("norm_eps", norm_eps)
+    if scale is not None:
+        check_number("scale", scale)

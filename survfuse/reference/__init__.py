@@ -3,7 +3,7 @@
 Same names and arguments as `survfuse.ops`. These functions may materialise everything.
 """
 
-from survfuse.reference.pool_bag import PooledBag, pool_bag, pool_weights
+from survfuse.reference.pool_bag import pool_bag, pool_weights
 from survfuse.reference.tokens_attend_bag import (
     tokens_attend_bag,
     tokens_attend_bag_weights,
@@ -11,7 +11,6 @@ from survfuse.reference.tokens_attend_bag import (
 )
 
 __all__ = [
-    "PooledBag",
     "pool_bag",
     "pool_weights",
     "tokens_attend_bag",

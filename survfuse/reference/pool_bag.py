@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from survfuse.pooling import PooledBag, accumulation_type
 from survfuse.ragged import Ragged, as_packed
 from survfuse.reference.dropout import draw_seed, keep_mask
-
-
-class PooledBag(NamedTuple):
-    """What `pool_bag` returns."""
-
-    pooled: Tensor  # [B, R, D], dtype of rows
-    lse: Tensor  # [B, R], fp32 (fp64 for fp64)
-    weight_sum: Tensor  # [B, R], dtype of rows
 
 
 def pool_bag(
@@ -53,7 +44,7 @@ def pool_bag(
             weights = weights * keep / (1.0 - dropout_p)
         parts.append((weights @ x, lse, weights.sum(-1)))
     if not parts:
-        kind = _accumulation_type(bag.dtype)
+        kind = accumulation_type(bag.dtype)
         shape = rows.shape[:2]
         return PooledBag(
             rows.new_zeros(rows.shape), rows.new_zeros(shape, dtype=kind), rows.new_zeros(shape)
@@ -86,7 +77,7 @@ def pool_weights(
         weights = _softmax(logits, lse[b].reshape(-1).to(x.dtype)).T
         parts.append(weights.reshape(length, *shape))
     if not parts:
-        parts = [bag.new_zeros((0, *shape), dtype=_accumulation_type(bag.dtype))]
+        parts = [bag.new_zeros((0, *shape), dtype=accumulation_type(bag.dtype))]
     weights = torch.cat(parts)
     if reduce == "rows":
         return weights.flatten(1).mean(1)
@@ -105,7 +96,7 @@ def _clean_rows(
 ) -> tuple[Tensor, Tensor]:
     """Rows of one bag in the type of accumulation, excluded ones zeroed, and their bias."""
     rows = slice(start, start + length)
-    kind = _accumulation_type(bag.dtype)
+    kind = accumulation_type(bag.dtype)
     x = bag[rows].to(kind)
     if bias is None:
         row_bias = x.new_zeros(length)
@@ -143,7 +134,3 @@ def _softmax(logits: Tensor, lse: Tensor) -> Tensor:
     excluded = (logits == -torch.inf) | (lse == -torch.inf)[:, None]
     shifted = torch.where(excluded, 0.0, logits) - torch.where(lse == -torch.inf, 0.0, lse)[:, None]
     return torch.where(excluded, 0.0, torch.where(excluded, 0.0, shifted).exp())
-
-
-def _accumulation_type(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
+from survfuse.pooling import accumulation_type
 from survfuse.ragged import Ragged, as_packed
 from survfuse.reference.dropout import draw_seed, keep_mask
-from survfuse.reference.pool_bag import _accumulation_type, _logsumexp, _softmax
+from survfuse.reference.pool_bag import _logsumexp, _softmax
 
 
 def tokens_attend_bag(
@@ -89,7 +90,7 @@ def tokens_attend_bag_with_lse(
     if not outs:
         shape = (0, n_queries, heads)
         return query.new_zeros(*shape, w_v.shape[1]), query.new_zeros(
-            shape, dtype=_accumulation_type(bag.dtype)
+            shape, dtype=accumulation_type(bag.dtype)
         )
     return torch.stack(outs).to(query.dtype), torch.stack(lses)
 
@@ -123,7 +124,7 @@ def tokens_attend_bag_weights(
         weights = _softmax(flat, lse[b].reshape(-1).to(x.dtype))
         parts.append(weights.T.reshape(length, n_queries, heads))
     if not parts:
-        kind = _accumulation_type(bag.dtype)
+        kind = accumulation_type(bag.dtype)
         parts = [bag.new_zeros((0, n_queries, heads), dtype=kind)]
     weights = torch.cat(parts)
     if reduce == "rows":
@@ -147,7 +148,7 @@ def _logits(
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:
     """The (normalised) rows of one bag [N, D] and the logits [Lq, H, N]."""
-    kind = _accumulation_type(bag.dtype)
+    kind = accumulation_type(bag.dtype)
     x = bag[start : start + length].to(kind)
     row_bias = None if bias is None else bias[start : start + length].to(kind)
     if row_bias is not None:

@@ -9,58 +9,38 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from survfuse.pooling import Needs, PooledBag, Pooling, accumulation_type
 from survfuse.reference.dropout import keep_mask
 from survfuse.tiled.tiles import Tile, operand_type, product, tiles
 
 
-def accumulation_type(dtype: torch.dtype) -> torch.dtype:
-    """fp64 for fp64, fp32 for every other."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def pool_bag_forward(
-    rows: Tensor,
-    bag: Tensor,
-    bias: Tensor | None,
-    starts: Tensor,
-    lengths: Tensor,
-    total: int,
-    max_length: int,
-    *,
-    scale: float,
-    normalize: bool,
-    eps: float,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """pooled [B, R, D], lse [B, R], weight_sum [B, R], all of the accumulation type."""
+def pool_bag_forward(rows: Tensor, bag: Tensor, bias: Tensor | None, pooling: Pooling) -> PooledBag:
+    """Results of the accumulation type."""
     kind = accumulation_type(bag.dtype)
     n_bags, n_rows, dim = rows.shape
     pooled = bag.new_zeros((n_bags, n_rows, dim), dtype=kind)
     lse = bag.new_full((n_bags, n_rows), -torch.inf, dtype=kind)
     weight_sum = bag.new_zeros((n_bags, n_rows), dtype=kind)
-    for group in tiles(starts, lengths, max_length, bag.shape[0], dim * bag.element_size()):
+    for group in tiles(pooling.ragged, bag):
         if not group:
             continue
         bags = group[0].bags
-        a = rows[bags].to(operand_type(bag, centred=normalize))
+        a = rows[bags].to(operand_type(bag, centred=pooling.normalize))
         top = bag.new_full(a.shape[:2], -torch.inf, dtype=kind)
         total_weight, kept_weight = torch.zeros_like(top), torch.zeros_like(top)
         z = bag.new_zeros(a.shape, dtype=kind)
         for tile in group:
-            x, row_bias, _ = read_tile(tile, bag, bias, normalize, eps, mean, rstd)
-            logits = tile_logits(a, x, row_bias, scale)
+            x, row_bias, _ = read_tile(tile, bag, bias, pooling)
+            logits = tile_logits(a, x, row_bias, pooling.scale)
             new_top = torch.maximum(top, logits.amax(-1))
             # where nothing is included so far, subtract 0 and not -inf
             shift = torch.where(new_top == -torch.inf, 0.0, new_top)
             factor = torch.exp(top - shift)
             weights = torch.exp(logits - shift[..., None])
             total_weight = total_weight * factor + weights.sum(-1)
-            if seed is not None:
-                keep = tile_keep_mask(tile, seed, n_bags, n_rows, x.shape[1], dropout_p)
-                weights = torch.where(keep, weights / (1.0 - dropout_p), 0.0)
+            if pooling.seed is not None:
+                keep = tile_keep_mask(tile, pooling, n_rows, x.shape[1])
+                weights = torch.where(keep, weights / (1.0 - pooling.dropout_p), 0.0)
             kept_weight = kept_weight * factor + weights.sum(-1)
             z = z * factor[..., None] + product(weights.to(x.dtype), x)
             top = new_top
@@ -69,70 +49,66 @@ def pool_bag_forward(
         pooled[bags] = torch.where(empty[..., None], 0.0, z / safe[..., None])
         infinite = torch.where(top == torch.inf, top, top + safe.log())
         lse[bags] = torch.where(empty, -torch.inf, infinite)
-        kept = kept_weight / safe if seed is not None else total_weight / safe
+        kept = (total_weight if pooling.seed is None else kept_weight) / safe
         weight_sum[bags] = torch.where(empty, 0.0, kept)
-    return pooled, lse, weight_sum
+    return PooledBag(pooled, lse, weight_sum)
 
 
 def pool_bag_backward(
-    d_pooled: Tensor,
-    d_lse: Tensor,
-    d_weight_sum: Tensor,
+    d_results: PooledBag,
+    results: PooledBag,
     rows: Tensor,
     bag: Tensor,
     bias: Tensor | None,
-    starts: Tensor,
-    lengths: Tensor,
-    total: int,
-    max_length: int,
-    *,
-    scale: float,
-    normalize: bool,
-    eps: float,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    pooled: Tensor,
-    lse: Tensor,
-    weight_sum: Tensor,
-    needs_rows: bool,
-    needs_bag: bool,
-    needs_bias: bool,
+    pooling: Pooling,
+    needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """d_rows [B, R, D], d_bag [T, D] of the bag's type, d_bias [T]; None where not needed."""
     kind = accumulation_type(bag.dtype)
-    n_bags, dim = rows.shape[0], rows.shape[2]
-    d_rows = torch.zeros(rows.shape, dtype=kind, device=bag.device) if needs_rows else None
+    d_rows = torch.zeros(rows.shape, dtype=kind, device=bag.device) if needs.rows else None
     # sums of overlapping bags are rounded once, at the end
-    d_bag = torch.zeros(bag.shape, dtype=kind, device=bag.device) if needs_bag else None
-    d_bias = bag.new_zeros(bag.shape[0], dtype=kind) if needs_bias else None
-    operand = operand_type(bag, centred=normalize)
+    d_bag = torch.zeros(bag.shape, dtype=kind, device=bag.device) if needs.bag else None
+    d_bias = bag.new_zeros(bag.shape[0], dtype=kind) if needs.bias else None
+    operand = operand_type(bag, centred=pooling.normalize)
     # rounded as in the products below: the two must cancel
-    rounded = d_pooled.to(operand).to(kind)
-    delta = (rounded * pooled).sum(-1) + d_weight_sum * weight_sum - d_lse
-    d_logit_sum = torch.zeros_like(lse)
-    for group in tiles(starts, lengths, max_length, bag.shape[0], dim * bag.element_size()):
+    rounded = d_results.pooled.to(operand).to(kind)
+    delta = weighted_gradient(rounded, d_results, results)
+    d_logit_sum = torch.zeros_like(results.lse)
+    for group in tiles(pooling.ragged, bag):
         for tile in group:
-            a, dz = rows[tile.bags].to(operand), d_pooled[tile.bags].to(operand)
-            x, row_bias, row_rstd = read_tile(tile, bag, bias, normalize, eps, mean, rstd)
+            a, dz = rows[tile.bags].to(operand), d_results.pooled[tile.bags].to(operand)
+            x, row_bias, row_rstd = read_tile(tile, bag, bias, pooling)
             weights, d_logits = _score_gradients(
-                tile, a, dz, x, row_bias, scale, lse, delta, d_weight_sum, seed, dropout_p, n_bags
+                tile,
+                a,
+                dz,
+                x,
+                row_bias,
+                pooling,
+                results.lse[tile.bags],
+                delta[tile.bags],
+                d_results.weight_sum[tile.bags],
             )
+            d_scores = (d_logits * pooling.scale).to(x.dtype)
             if d_rows is not None:
-                d_rows[tile.bags] += product((d_logits * scale).to(x.dtype), x)
+                d_rows[tile.bags] += product(d_scores, x)
                 d_logit_sum[tile.bags] += d_logits.sum(-1)
             if d_bias is not None:
                 add_rows(d_bias, tile, d_logits.sum(-2))
             if d_bag is not None:
-                d_x = product((d_logits * scale).to(x.dtype).mT, a)
-                d_x += product(weights.to(x.dtype).mT, dz)
-                if normalize:
+                d_x = product(d_scores.mT, a) + product(weights.to(x.dtype).mT, dz)
+                if pooling.normalize:
                     d_x = normalize_gradient(d_x, x.to(kind), row_rstd)
                 add_rows(d_bag, tile, included(d_x, row_bias))
     if d_rows is not None:
-        balance_rows(d_rows, d_logit_sum, d_lse, pooled, scale)
+        balance_rows(d_rows, d_logit_sum, d_results.lse, results.pooled, pooling.scale)
     return d_rows, None if d_bag is None else d_bag.to(bag.dtype), d_bias
+
+
+def weighted_gradient(d_pooled: Tensor, d_results: PooledBag, results: PooledBag) -> Tensor:
+    """delta [B, R]: the mean of the gradients of a row's weights, less that of its lse."""
+    delta = (d_pooled * results.pooled).sum(-1)
+    return delta + d_results.weight_sum * results.weight_sum - d_results.lse
 
 
 def balance_rows(
@@ -148,13 +124,7 @@ def balance_rows(
 
 
 def read_tile(
-    tile: Tile,
-    bag: Tensor,
-    bias: Tensor | None,
-    normalize: bool,
-    eps: float,
-    mean: Tensor | None,
-    rstd: Tensor | None,
+    tile: Tile, bag: Tensor, bias: Tensor | None, pooling: Pooling
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The tile's rows [B, n, D] as operand, its bias [B, n], the factor of the norm [B, n].
 
@@ -168,17 +138,17 @@ def read_tile(
     excluded = None if row_bias is None else row_bias == -torch.inf
     if excluded is not None:
         x = torch.where(excluded[..., None], 0.0, x)
-    operand = operand_type(bag, centred=normalize)
-    if not normalize:
+    operand = operand_type(bag, centred=pooling.normalize)
+    if not pooling.normalize:
         return x.to(operand), row_bias, None
-    if mean is not None and rstd is not None:
-        row_mean, row_rstd = tile.take(mean).to(kind), tile.take(rstd).to(kind)
+    if pooling.mean is not None:
+        row_mean, row_rstd = tile.take(pooling.mean).to(kind), tile.take(pooling.rstd).to(kind)
         if excluded is not None:
             row_mean = torch.where(excluded, 0.0, row_mean)
             row_rstd = torch.where(excluded, 0.0, row_rstd)
         x = ((x.to(kind) - row_mean[..., None]) * row_rstd[..., None]).to(operand)
         return x, row_bias, row_rstd
-    x, row_rstd = _normalized(x, eps, operand)
+    x, row_rstd = _normalized(x, pooling.eps, operand)
     if excluded is not None:
         row_rstd = torch.where(excluded, 0.0, row_rstd)
     return x, row_bias, row_rstd
@@ -208,14 +178,13 @@ def tile_logits(a: Tensor, x: Tensor, row_bias: Tensor | None, scale: float) -> 
     return logits if row_bias is None else logits + row_bias[:, None, :]
 
 
-def tile_keep_mask(
-    tile: Tile, seed: Tensor, n_bags: int, n_rows: int, n: int, dropout_p: float
-) -> Tensor:
+def tile_keep_mask(tile: Tile, pooling: Pooling, n_rows: int, n: int) -> Tensor:
     """[B, R, n] bool: which weights dropout keeps."""
+    seed, p = pooling.seed, pooling.dropout_p
     row = torch.arange(n_rows, device=seed.device)
     position = tile.position + torch.arange(n, device=seed.device)
-    bags = range(n_bags)[tile.bags]
-    return torch.stack([keep_mask(seed, b, row, position, dropout_p) for b in bags])
+    bags = range(pooling.lengths.shape[0])[tile.bags]
+    return torch.stack([keep_mask(seed, b, row, position, p) for b in bags])
 
 
 def _score_gradients(
@@ -224,27 +193,22 @@ def _score_gradients(
     dz: Tensor,
     x: Tensor,
     row_bias: Tensor | None,
-    scale: float,
+    pooling: Pooling,
     lse: Tensor,
     delta: Tensor,
     d_weight_sum: Tensor,
-    seed: Tensor | None,
-    dropout_p: float,
-    n_bags: int,
 ) -> tuple[Tensor, Tensor]:
     """Weights after dropout and the gradient of the logits, both [B, R, n]."""
-    logits = tile_logits(a, x, row_bias, scale)
-    row_lse = lse[tile.bags][..., None]
-    excluded = (logits == -torch.inf) | (row_lse == -torch.inf)
-    softmax = torch.where(excluded, 0.0, torch.exp(logits - row_lse))
-    d_weights = product(dz, x.mT) + d_weight_sum[tile.bags][..., None]
-    row_delta = delta[tile.bags][..., None]
-    if seed is None:
-        weights, d_logits = softmax, softmax * (d_weights - row_delta)
+    logits = tile_logits(a, x, row_bias, pooling.scale)
+    excluded = (logits == -torch.inf) | (lse == -torch.inf)[..., None]
+    softmax = torch.where(excluded, 0.0, torch.exp(logits - lse[..., None]))
+    d_weights = product(dz, x.mT) + d_weight_sum[..., None]
+    if pooling.seed is None:
+        weights, d_logits = softmax, softmax * (d_weights - delta[..., None])
     else:
-        keep = tile_keep_mask(tile, seed, n_bags, a.shape[1], x.shape[1], dropout_p)
-        weights = torch.where(keep, softmax / (1.0 - dropout_p), 0.0)
-        d_logits = weights * d_weights - softmax * row_delta
+        keep = tile_keep_mask(tile, pooling, a.shape[1], x.shape[1])
+        weights = torch.where(keep, softmax / (1.0 - pooling.dropout_p), 0.0)
+        d_logits = weights * d_weights - softmax * delta[..., None]
     return weights, torch.where(excluded, 0.0, d_logits)
 
 

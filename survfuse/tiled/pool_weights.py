@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from survfuse.pooling import Pooling, accumulation_type
 from survfuse.tiled.pool_bag import (
-    accumulation_type,
     add_rows,
     included,
     normalize_gradient,
@@ -20,40 +20,24 @@ from survfuse.tiled.tiles import Tile, operand_type, product, tiles
 
 
 def pool_weights_forward(
-    rows: Tensor,
-    bag: Tensor,
-    lse: Tensor,
-    bias: Tensor | None,
-    starts: Tensor,
-    lengths: Tensor,
-    total: int,
-    max_length: int,
-    *,
-    scale: float,
-    normalize: bool,
-    eps: float,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    group: int,
+    rows: Tensor, bag: Tensor, lse: Tensor, bias: Tensor | None, pooling: Pooling, group: int
 ) -> Tensor:
     """[total, R / group] of the accumulation type: means over `group` neighbouring rows."""
     kind = accumulation_type(bag.dtype)
     n_out = rows.shape[1] // group
     # one row more, where lockstep tiles put what lies behind a bag's end
-    out = bag.new_zeros((total + 1, n_out), dtype=kind)
-    for tile_group in tiles(
-        starts, lengths, max_length, bag.shape[0], bag.shape[1] * bag.element_size()
-    ):
+    out = bag.new_zeros((pooling.total + 1, n_out), dtype=kind)
+    for tile_group in tiles(pooling.ragged, bag):
         for tile in tile_group:
-            a = rows[tile.bags].to(operand_type(bag, centred=normalize))
-            x, row_bias, _ = read_tile(tile, bag, bias, normalize, eps, mean, rstd)
-            weights = _softmax(tile_logits(a, x, row_bias, scale), lse[tile.bags])
+            a = rows[tile.bags].to(operand_type(bag, centred=pooling.normalize))
+            x, row_bias, _ = read_tile(tile, bag, bias, pooling)
+            weights = _softmax(tile_logits(a, x, row_bias, pooling.scale), lse[tile.bags])
             weights = weights.unflatten(1, (n_out, group)).mean(2).mT
             if isinstance(tile.packed, slice):
                 out[tile.packed] = weights[0]
             else:
-                out[torch.where(tile.valid, tile.packed, total)] = weights
-    return out[:total]
+                out[torch.where(tile.valid, tile.packed, pooling.total)] = weights
+    return out[: pooling.total]
 
 
 def pool_weights_backward(
@@ -62,46 +46,33 @@ def pool_weights_backward(
     bag: Tensor,
     lse: Tensor,
     bias: Tensor | None,
-    starts: Tensor,
-    lengths: Tensor,
-    total: int,
-    max_length: int,
-    *,
-    scale: float,
-    normalize: bool,
-    eps: float,
-    mean: Tensor | None,
-    rstd: Tensor | None,
+    pooling: Pooling,
     group: int,
-    needs_rows: bool,
-    needs_bag: bool,
-    needs_lse: bool,
-    needs_bias: bool,
+    needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """d_rows, d_bag, d_lse, d_bias; None where not needed."""
+    needs_rows, needs_bag, needs_lse, needs_bias = needs
     kind = accumulation_type(bag.dtype)
     d_rows = torch.zeros(rows.shape, dtype=kind, device=bag.device) if needs_rows else None
     d_bag = torch.zeros(bag.shape, dtype=kind, device=bag.device) if needs_bag else None
     d_lse = torch.zeros_like(lse) if needs_lse else None
     d_bias = bag.new_zeros(bag.shape[0], dtype=kind) if needs_bias else None
-    for tile_group in tiles(
-        starts, lengths, max_length, bag.shape[0], bag.shape[1] * bag.element_size()
-    ):
+    for tile_group in tiles(pooling.ragged, bag):
         for tile in tile_group:
-            a = rows[tile.bags].to(operand_type(bag, centred=normalize))
-            x, row_bias, row_rstd = read_tile(tile, bag, bias, normalize, eps, mean, rstd)
-            weights = _softmax(tile_logits(a, x, row_bias, scale), lse[tile.bags])
+            a = rows[tile.bags].to(operand_type(bag, centred=pooling.normalize))
+            x, row_bias, row_rstd = read_tile(tile, bag, bias, pooling)
+            weights = _softmax(tile_logits(a, x, row_bias, pooling.scale), lse[tile.bags])
             # by selection: where a weight is 0, its gradient may be infinite
             d_logits = torch.where(weights == 0, 0.0, weights * _spread(d_weights, tile, group))
             if d_lse is not None:
                 d_lse[tile.bags] -= d_logits.sum(-1)
             if d_rows is not None:
-                d_rows[tile.bags] += product((d_logits * scale).to(x.dtype), x)
+                d_rows[tile.bags] += product((d_logits * pooling.scale).to(x.dtype), x)
             if d_bias is not None:
                 add_rows(d_bias, tile, d_logits.sum(-2))
             if d_bag is not None:
-                d_x = product((d_logits * scale).to(x.dtype).mT, a)
-                if normalize:
+                d_x = product((d_logits * pooling.scale).to(x.dtype).mT, a)
+                if pooling.normalize:
                     d_x = normalize_gradient(d_x, x.to(kind), row_rstd)
                 add_rows(d_bag, tile, included(d_x, row_bias))
     return d_rows, None if d_bag is None else d_bag.to(bag.dtype), d_lse, d_bias

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from survfuse.native.core import native_core
+from survfuse.ragged import Ragged
 
 _CPU_TILE_BYTES = 4 << 20  # a tile is read three times, so it should stay in the cache
 _DEVICE_TILE_BYTES = 64 << 20
@@ -30,15 +31,15 @@ class Tile(NamedTuple):
         return tensor[self.rows][None] if isinstance(self.rows, slice) else tensor[self.rows]
 
 
-def tiles(
-    starts: Tensor, lengths: Tensor, max_length: int, n_rows: int, row_bytes: int
-) -> Iterator[list[Tile]]:
+def tiles(ragged: Ragged, bag: Tensor) -> Iterator[list[Tile]]:
     """The tiles of one group of bags after the other.
 
     On the CPU a group is one bag and its rows are views. On other devices the ranges are unknown to
     the host, and reading them would make it wait: all bags are one group, walked in lockstep, rows
     behind a bag's end are masked and rows behind the matrix' end clamped.
     """
+    starts, lengths, _, max_length = ragged
+    row_bytes = bag.shape[1] * bag.element_size()
     if _known_to_host(starts):
         step = min(max(_CPU_TILE_BYTES // max(row_bytes, 1), _MIN_ROWS), _MAX_ROWS)
         packed = 0
@@ -60,7 +61,7 @@ def tiles(
         offset = at + torch.arange(min(step, max_length - at), device=starts.device)
         valid = offset < lengths[:, None]
         inside = torch.where(valid, offset, 0)
-        rows = (starts[:, None] + inside).clamp(0, n_rows - 1)
+        rows = (starts[:, None] + inside).clamp(0, bag.shape[0] - 1)
         out = first[:, None] + inside
         group.append(Tile(slice(None), rows, valid, at, out))
     yield group

@@ -237,6 +237,25 @@ def test_dropout_out_of_range(op: str, p: float) -> None:
     refuses(ValueError, f"dropout_p is {p}; it must be at least 0 and below 1", op, dropout_p=p)
 
 
+EPS = {"pool_bag": "normalize_eps", "pool_weights": "normalize_eps"}
+
+
+@pytest.mark.parametrize("eps", [-1e-5, float("nan")])
+@every_op
+def test_eps_below_zero(op: str, eps: float) -> None:
+    name = EPS.get(op, "norm_eps")
+    refuses(ValueError, f"{name} is {eps}; it must be at least 0", op, **{name: eps})
+
+
+@every_op
+def test_numbers_are_numbers(op: str) -> None:
+    names = ["scale", EPS.get(op, "norm_eps")]
+    names += ["dropout_p"] if "weights" not in op else []
+    for name in names:
+        for value in ("0.1", [0.1], True):
+            refuses(TypeError, f"{name} is {value!r}; it must be a number", op, **{name: value})
+
+
 @pytest.mark.parametrize("op", ["pool_weights", "tokens_attend_bag_weights"])
 def test_unknown_reduction(op: str) -> None:
     refuses(ValueError, 'reduce is \'sum\'; it must be None, "rows" or "heads"', op, reduce="sum")
@@ -375,6 +394,10 @@ class TestSelectedBackend:
         tensors = [ATTEND[name] for name in ("query", "bag", "w_k", "w_v")]
         with pytest.raises(ValueError, match="absorb is 'maybe'; it must be one of"):
             ops.selected_backend("tokens_attend_bag", *tensors, ragged=RAGGED, absorb="maybe")
+
+    def test_weights_of_the_projections(self) -> None:
+        with pytest.raises(TypeError, match="weights are 0 tensors; they must be two, w_k and w_v"):
+            ops.selected_backend("tokens_attend_bag", ATTEND["query"], ATTEND["bag"])
 
     def test_says_what_runs(self) -> None:
         tensors = [ATTEND[name] for name in ("query", "bag", "w_k", "w_v")]

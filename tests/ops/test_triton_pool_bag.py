@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from survfuse import Ragged
+from survfuse.pooling import Needs
 from survfuse.reference.dropout import keep_mask
 from tests.ops.plain import plain_pool_bag
 from tests.ops.tolerance import assert_within_budget
@@ -58,7 +59,7 @@ def check(call: Call, *, frozen: bool = False) -> list[Tensor]:
     gradients = tuple(
         torch.randn(result.shape, generator=generator).to(DEVICE) for result in results
     )
-    found = call.backward(results, gradients, needs_bag=not frozen)
+    found = call.backward(results, gradients, bag=not frozen)
     got = {
         name: result
         for name, result in zip(NAMES, (*results, *found), strict=True)
@@ -287,13 +288,13 @@ def test_no_rows_at_all() -> None:
     assert all(g.eq(0).all() for g in (results[0], results[2], *gradients))
 
 
-@pytest.mark.parametrize("needed", ["needs_rows", "needs_bag", "needs_bias"])
+@pytest.mark.parametrize("needed", Needs._fields)
 def test_one_gradient_alone(route: str, needed: str) -> None:
     call = make_call([(0, 40), (30, 20)], normalize=True)
     results = call.forward()
     gradients = tuple(torch.ones_like(result) for result in results)
     together = call.backward(results, gradients)
-    needs = dict.fromkeys(("needs_rows", "needs_bag", "needs_bias"), False) | {needed: True}
+    needs = dict.fromkeys(Needs._fields, False) | {needed: True}
     alone = call.backward(results, gradients, **needs)
     for (name, want), ours, theirs in zip(needs.items(), alone, together, strict=True):
         assert (ours is not None) == want, name

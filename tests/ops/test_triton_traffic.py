@@ -41,7 +41,7 @@ def reads(monkeypatch: pytest.MonkeyPatch):
 
 def frozen_backward(call: Call, results: tuple[Tensor, ...]) -> None:
     gradients = tuple(torch.ones_like(result) for result in results)
-    call.backward(results, gradients, needs_bag=False, needs_bias=False)
+    call.backward(results, gradients, bag=False, bias=False)
 
 
 @needs_interpreter
@@ -90,7 +90,7 @@ def test_reads_of_a_trained_bag(reads) -> None:
     results = call.forward()
     counts = reads(call.bag)
     gradients = tuple(torch.ones_like(result) for result in results)
-    call.backward(results, gradients, needs_rows=False)
+    call.backward(results, gradients, rows=False)
     blocks = 3  # of 128 columns: each scores the whole row
     bags = torch.tensor([1] * 10 + [2] * 10 + [1] * 10 + [0] * 10)
     # and the normalisation reads once more; the first column is also the shift of the statistics

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from survfuse import Ragged
+from survfuse.pooling import Needs, PooledBag, Pooling
 from survfuse.reference import pool_bag as reference
 
 launchers = pytest.importorskip("survfuse.triton_kernels.pool_bag")
@@ -35,36 +36,19 @@ class Call:
     scale: float = 0.3
 
     @property
-    def positional(self) -> tuple:
-        ragged = self.ragged
-        return (
-            *(self.rows, self.bag, self.bias),
-            *(ragged.starts, ragged.lengths, ragged.total, ragged.max_length),
-        )
-
-    @property
-    def options(self) -> dict:
+    def inputs(self) -> tuple:
         mean, rstd = self.stats if self.stats is not None else (None, None)
-        return {
-            "scale": self.scale,
-            "normalize": self.normalize,
-            "eps": 1e-5,
-            "mean": mean,
-            "rstd": rstd,
-            "dropout_p": self.dropout_p,
-            "seed": seed() if self.dropout_p else None,
-        }
+        draw = seed() if self.dropout_p else None
+        options = (self.scale, self.normalize, 1e-5, mean, rstd, self.dropout_p, draw)
+        return self.rows, self.bag, self.bias, Pooling(*self.ragged, *options)
 
-    def forward(self) -> tuple[Tensor, ...]:
-        return launchers.pool_bag_forward(*self.positional, **self.options)
+    def forward(self) -> PooledBag:
+        return launchers.pool_bag_forward(*self.inputs)
 
-    def backward(self, results: tuple[Tensor, ...], gradients: tuple[Tensor, ...], **needs: bool):
-        names = ("pooled", "lse", "weight_sum")
-        saved = dict(zip(names, results, strict=True))
-        needed = {"needs_rows": True, "needs_bag": True, "needs_bias": self.bias is not None}
-        return launchers.pool_bag_backward(
-            *gradients, *self.positional, **self.options, **saved, **{**needed, **needs}
-        )
+    def backward(self, results: PooledBag, gradients: tuple[Tensor, ...], **needs: bool):
+        """`needs`: which of rows, bag and bias have their gradient computed; by default all."""
+        needed = Needs(rows=True, bag=True, bias=self.bias is not None)._replace(**needs)
+        return launchers.pool_bag_backward(PooledBag(*gradients), results, *self.inputs, needed)
 
 
 def seed() -> Tensor:
