@@ -7,6 +7,7 @@ A command's module is imported when it is called for, so that `survfuse --help` 
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import sys
 import warnings
@@ -43,8 +44,30 @@ Slides to a trained model:
   survfuse pack bags/ --out cohort.h5
   survfuse train study.yaml --out runs/study
   survfuse evaluate runs/study runs/baseline
+
+Exit codes of every command:
+
+  0    done
+  1    failed though nothing was wrong with what was asked: disk full, an error of ours
+  2    bad input: an option, a configuration, a file that is missing or cannot be read
+  130  stopped with Ctrl-C
 """
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+# what a system call says of a path that cannot be used as asked; any other number (no room, a
+# broken disk) is the machine's
+_BAD_PATH = {
+    errno.ENOENT,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    # another process holds it
+    errno.EAGAIN,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -67,17 +90,17 @@ def _main(arguments: list[str]) -> int:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"commands are {', '.join(COMMANDS)}"
-        return _complain(f"{name} is not a command; {hint}", BAD_INPUT)
+        return complain(f"{name} is not a command; {hint}", BAD_INPUT)
     shown = warnings.showwarning
     warnings.showwarning = _show_warning
     try:
         return _call(name, rest)
     except KeyboardInterrupt:
-        return _complain("stopped", INTERRUPTED)
+        return complain("stopped", INTERRUPTED)
     except Exception as error:
         if debug:
             raise
-        return _complain(_describe(error), _exit_code(error))
+        return complain(describe(error), exit_code(error))
     finally:
         warnings.showwarning = shown
 
@@ -111,7 +134,8 @@ def _help() -> str:
     return HELP.format(commands="\n".join(lines))
 
 
-def _describe(error: Exception) -> str:
+def describe(error: Exception) -> str:
+    """The message of an error, for people."""
     missing = (error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
     # typer imports pydantic by itself, before any code of ours can ask for it
     if isinstance(error, ModuleNotFoundError) and missing in ("typer", "rich", "pydantic"):
@@ -119,21 +143,28 @@ def _describe(error: Exception) -> str:
             f'needs {missing}: pip install "survfuse[train]" (`survfuse doctor` works without it)'
         )
     text = str(error).strip()
+    if isinstance(error, OSError) and error.strerror:
+        # without "[Errno 17]"
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, (ValueError, OSError, ImportError, RuntimeError)) and text:
         return text
     return f"unexpected {type(error).__name__}: {text}; --debug shows where"
 
 
-def _exit_code(error: Exception) -> int:
-    # errors of our own that a user can mend say so; anything else is a failure of ours or of the
-    # machine
+def exit_code(error: Exception) -> int:
+    """BAD_INPUT for what the user can mend, FAILED for a failure of ours or of the machine."""
+    # errors of our own may say it themselves
     code = getattr(error, "exit_code", None)
     if isinstance(code, int):
         return code
-    return BAD_INPUT if isinstance(error, (ValueError, OSError, ImportError)) else FAILED
+    if isinstance(error, OSError):
+        # HDF5 and we ourselves refuse a file without an error number
+        return BAD_INPUT if error.errno is None or error.errno in _BAD_PATH else FAILED
+    return BAD_INPUT if isinstance(error, (ValueError, ImportError)) else FAILED
 
 
-def _complain(text: str, code: int) -> int:
+def complain(text: str, code: int) -> int:
+    """Print an error and return `code`."""
     print(f"error: {text}", file=sys.stderr)
     return code
 

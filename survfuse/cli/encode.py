@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from survfuse.data.slides import encode_slide
+from survfuse.cli import BAD_INPUT, complain, describe, exit_code
+from survfuse.data.slides import SlideError, encode_slide
 
 
 def encode_command(
@@ -44,10 +45,16 @@ def encode_command(
         survfuse pack bags/ --out cohort.h5
 
     A slide that has its bag already is skipped, so a stopped run goes on.
+
+    A slide that cannot be encoded is named and does not stop the others; in the
+    end the exit code is 2. A full disk stops the command with 1.
     """
+    _check_names(slides)
     out.mkdir(parents=True, exist_ok=True)
     failed = 0
-    for path in track(slides, description="encode", console=Console(stderr=True)):
+    console = Console(stderr=True)
+    quiet = not console.is_terminal
+    for path in track(slides, description="encode", console=console, disable=quiet):
         bag = out / f"{path.stem}.h5"
         if bag.exists() and not overwrite:
             typer.echo(f"{bag}: exists already, skipped")
@@ -61,11 +68,25 @@ def encode_command(
                 slide_mpp=slide_mpp,
                 min_tissue=min_tissue,
             )
-        except (OSError, ValueError, ImportError) as error:
-            typer.echo(f"error: {error}", err=True)
+        except (OSError, SlideError) as error:
+            if exit_code(error) != BAD_INPUT:
+                # a full disk fails every slide to come
+                raise
+            complain(describe(error), BAD_INPUT)
             failed += 1
             continue
         typer.echo(f"{bag}: {n_patches} patches")
     if failed:
         typer.echo(f"{failed} of {len(slides)} slides failed", err=True)
-        raise typer.Exit(1)
+        raise typer.Exit(BAD_INPUT)
+
+
+def _check_names(slides: list[Path]) -> None:
+    """A bag has its slide's name: of two slides of one name the second would be lost."""
+    first: dict[str, Path] = {}
+    for path in slides:
+        other = first.setdefault(path.stem, path)
+        if other != path:
+            raise ValueError(
+                f"{other} and {path} would both be {path.stem}.h5; encode them into two folders"
+            )

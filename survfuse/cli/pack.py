@@ -18,6 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from survfuse.data.layouts import BagFileError
 from survfuse.data.packing import PackProgress, pack
 from survfuse.data.store import BagStore
 from survfuse.data.store_file import bytes_text
@@ -64,8 +65,13 @@ def pack_command(
         survfuse pack features_uni_v1/ --out blca.h5 --pattern "*.h5" --verify
 
     Killed or out of disk? Run the same command again: bags already written are not read again.
+
+    A store holds all files or is not written. If some are refused (unreadable,
+    NaN, another width) the message says which and the exit code is 2; mend them
+    in place and run the same command, the bags of the others are kept for it.
     """
     console = Console(stderr=True)
+    goes_on = "the same command goes on from here"
     try:
         with _progress(console) as bar:
             report = pack(
@@ -80,14 +86,11 @@ def pack_command(
             )
             store = BagStore(report.path)
             if verify:
-                task = bar.add_task("verify", total=len(store))
-                store.verify(progress=lambda done, _: bar.update(task, completed=done))
+                goes_on = f"{report.path} is whole, but its checksums were not all compared"
+                _verify(store, bar)
     except KeyboardInterrupt:
-        typer.echo("stopped; the same command goes on from here", err=True)
+        typer.echo(f"stopped; {goes_on}", err=True)
         raise typer.Exit(130) from None
-    except (OSError, ValueError, ImportError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
     resumed = f", {report.n_resumed} of them from an earlier run" if report.n_resumed else ""
     checked = ", all checksums right" if verify else ""
     typer.echo(
@@ -95,6 +98,15 @@ def pack_command(
         f"{report.width} features, {report.dtype}, "
         f"{bytes_text(report.path.stat().st_size)}{checked}"
     )
+
+
+def _verify(store: BagStore, bar: Progress) -> None:
+    task = bar.add_task("verify", total=len(store))
+    try:
+        store.verify(progress=lambda done, _: bar.update(task, completed=done))
+    except BagFileError as error:
+        # bad input elsewhere, but this process wrote the file: the disk lost it
+        raise RuntimeError(str(error)) from error
 
 
 class _Bars:
@@ -118,4 +130,6 @@ def _progress(console: Console) -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,
+        # elsewhere a message stands alone
+        disable=not console.is_terminal,
     )

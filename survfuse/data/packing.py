@@ -99,6 +99,7 @@ def pack(
 
     Raises:
         FileNotFoundError: a source or the folder of `out` does not exist.
+        IsADirectoryError: `out` is a folder.
         FileExistsError: `out` exists and `overwrite` is False.
         BagFileError: files disagree in width or name, or cannot be read; the message names them.
         BlockingIOError: another process packs into `out`.
@@ -108,6 +109,8 @@ def pack(
     out = Path(out)
     if not out.parent.is_dir():
         raise FileNotFoundError(f"cannot write {out}: the folder {out.parent} does not exist")
+    if out.is_dir():
+        raise IsADirectoryError(f"{out} is a folder; name the file to write, as {out / 'bags.h5'}")
     paths = find_bag_files(sources, pattern=pattern, out=out)
     journal = _Journal(out.with_name(f".{out.name}.journal"))
     partial = out.with_name(f".{out.name}.partial")

@@ -7,6 +7,7 @@ anywhere; features of a foundation model are read from the files other tools wri
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Callable
@@ -74,8 +75,8 @@ def tile_slide(
     Raises:
         ImportError: OpenSlide or Pillow is not installed.
         FileNotFoundError: there is no such file.
-        SlideError: OpenSlide cannot read it, or it does not say its micrometres per pixel and
-            neither `slide_mpp` nor `target_mpp=None` was given.
+        SlideError: OpenSlide cannot read it or a region of it, or it does not say its micrometres
+            per pixel and neither `slide_mpp` nor `target_mpp=None` was given.
 
     Source: Otsu, IEEE Trans. SMC 9, 1979 (threshold).
     """
@@ -94,7 +95,7 @@ def tile_slide(
         columns, rows = width // side, height // side
         share = np.zeros((0, 0))
         if columns and rows:
-            share = _tissue_share(slide, side, columns, rows)
+            share = _tissue_share(path, slide, side, columns, rows)
     kept = np.argwhere(share >= min_tissue) if share.size else np.zeros((0, 2), dtype=np.int64)
     return TileGrid(
         coords=(kept[:, ::-1] * side).astype(np.int64),
@@ -133,7 +134,7 @@ def encode_slide(
         Number of patches N. A slide without tissue gives a bag without rows.
 
     Raises:
-        As `tile_slide`; OSError when a region cannot be read or written.
+        As `tile_slide`; OSError when the bag cannot be written.
     """
     path = Path(path)
     require("h5py", extra="slides")
@@ -205,7 +206,7 @@ def _side_level0(
     return side
 
 
-def _tissue_share(slide: Any, side: int, columns: int, rows: int) -> np.ndarray:
+def _tissue_share(path: Path, slide: Any, side: int, columns: int, rows: int) -> np.ndarray:
     """[rows, columns] share of each grid patch that is tissue."""
     image = require("PIL.Image", extra="slides")
     box = (columns * side, rows * side)
@@ -215,7 +216,7 @@ def _tissue_share(slide: Any, side: int, columns: int, rows: int) -> np.ndarray:
     # strips of patches: a slide with one level would not fit memory as a whole
     for row in range(rows):
         size = (max(1, round(box[0] / downsample)), max(1, round(side / downsample)))
-        strip = _flatten(slide.read_region((0, row * side), level, size))
+        strip = _read_region(path, slide, (0, row * side), level, size)
         small = strip.resize((columns * _OVERVIEW, _OVERVIEW), image.Resampling.BOX)
         overview[row * _OVERVIEW : (row + 1) * _OVERVIEW] = np.asarray(small)
     high, low = overview.max(2), overview.min(2)
@@ -240,20 +241,26 @@ def _otsu(values: np.ndarray) -> float:
 
 def _read_patch(path: Path, slide: Any, corner: np.ndarray, tiles: TileGrid) -> np.ndarray:
     """One patch [patch_size, patch_size, 3] uint8, read from the nearest finer level."""
-    openslide = require("openslide", extra="slides")
     image = require("PIL.Image", extra="slides")
     side, size = tiles.patch_size_level0, tiles.patch_size
     # the small surplus lets a level of nominally the right size be used
     level = slide.get_best_level_for_downsample(side / size * 1.01)
     extent = max(1, round(side / slide.level_downsamples[level]))
-    x, y = int(corner[0]), int(corner[1])
-    try:
-        region = _flatten(slide.read_region((x, y), level, (extent, extent)))
-    except openslide.OpenSlideError as error:
-        raise SlideError(f"{path}: the region at ({x}, {y}) cannot be read ({error})") from error
+    place = (int(corner[0]), int(corner[1]))
+    region = _read_region(path, slide, place, level, (extent, extent))
     if extent != size:
         region = region.resize((size, size), image.Resampling.BOX)
     return np.asarray(region)
+
+
+def _read_region(
+    path: Path, slide: Any, place: tuple[int, int], level: int, size: tuple[int, int]
+) -> Any:
+    openslide = require("openslide", extra="slides")
+    try:
+        return _flatten(slide.read_region(place, level, size))
+    except openslide.OpenSlideError as error:
+        raise SlideError(f"{path}: the region at {place} cannot be read ({error})") from error
 
 
 def _flatten(region: Any) -> Any:
@@ -270,7 +277,9 @@ def _write_bag(out: Path, name: str, features: np.ndarray, tiles: TileGrid) -> N
     level0 = "None" if tiles.slide_mpp is None else 10.0 / tiles.slide_mpp
     target = "None" if tiles.target_mpp is None else 10.0 / tiles.target_mpp
     folder = str(out.parent)
-    with atomic_path(out) as temporary, h5py.File(temporary, "w") as file:
+    # in memory first: where the disk is full HDF5 crashes as it closes the file
+    content = io.BytesIO()
+    with h5py.File(content, "w") as file:
         data = file.create_dataset("features", data=features)
         data.attrs.update({"name": name, "savetodir": folder, "encoder": ENCODER})
         coords = file.create_dataset("coords", data=tiles.coords)
@@ -287,3 +296,9 @@ def _write_bag(out: Path, name: str, features: np.ndarray, tiles: TileGrid) -> N
                 "level0_height": tiles.height,
             }
         )
+    with atomic_path(out) as temporary:
+        try:
+            temporary.write_bytes(content.getbuffer())
+        except OSError as error:
+            # a failed write does not know its file
+            raise OSError(error.errno, f"cannot be written ({error.strerror})", str(out)) from error

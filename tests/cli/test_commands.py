@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from survfuse.cli import COMMANDS, main
+from survfuse.training.run_folder import RunFolderError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 TINY = """
@@ -52,6 +54,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     for name, (_, _, about) in COMMANDS.items():
         assert name in text
         assert about in text
+    assert "Exit codes" in text
     assert call() == 2
 
 
@@ -112,9 +115,49 @@ def test_an_unknown_option_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no-such-option" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "x"), 2),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), 2),
+        (BlockingIOError(errno.EAGAIN, "another process is packing this store"), 2),
+        (OSError("truncated file"), 2),
+        (ValueError("settings"), 2),
+        (ImportError("needs h5py"), 2),
+        (RunFolderError("holds no run"), 2),
+        (OSError(errno.ENOSPC, "No space left on device", "x"), 1),
+        (OSError(errno.EIO, "Input/output error", "x"), 1),
+        (RuntimeError("the loss is not finite"), 1),
+        (KeyError("x"), 1),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value),
+)
+@pytest.mark.parametrize("command", ["pack", "evaluate"])
+def test_the_exit_code_tells_bad_input_from_a_failure(
+    command: str,
+    error: Exception,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("survfuse.cli.pack.pack", fail)
+    monkeypatch.setattr("survfuse.cli.evaluate._load", fail)
+    assert call(command, "x", "--out", "y") == code
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+    assert "Errno" not in err
+    assert err.count("\n") == 1
+
+
 def test_debug_shows_where(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        main(["train", str(tmp_path / "nowhere.yaml"), "--debug"])
+    nowhere = str(tmp_path / "nowhere.yaml")
+    for arguments in (["train", nowhere], ["pack", nowhere, "--out", "x.h5"]):
+        with pytest.raises(FileNotFoundError):
+            main([*arguments, "--debug"])
 
 
 def test_train_prints_the_result_and_where_it_is(
