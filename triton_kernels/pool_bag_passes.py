@@ -57,6 +57,26 @@ class Call(NamedTuple):
         )
 
     @property
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        """The bag and what belongs to it, as the kernels that score it take them."""
+        return self.bag, self.bias, self.mean, self.rstd, self.seed, self.starts, self.lengths
+
+    @property
+    def constants(self) -> dict[str, object]:
+        """What those kernels are compiled for, beside their blocks."""
+        return {
+            "STRIDE_UNIT": self.stride_unit,
+            "D": self.shape[2],
+            "NORMALIZE": self.normalize,
+            "PRECISION": _precision(),
+        }
+
+    @property
+    def row_stride(self) -> int:
+        """Of the bag, in units of STRIDE_UNIT."""
+        return self.bag.stride(0) // self.stride_unit
+
+    @property
     def limits(self) -> shapes.Limits:
         """Of the device."""
         return shapes.device_limits(self.bag.device)
@@ -89,13 +109,7 @@ def forward_narrow(call: Call, shape: dict[str, int], rows: Tensor, pooled: Tens
         chunk = min(slots.chunk, slots.count - first)
         pool_bag_fwd_kernel[(chunk * blocks,)](
             rows,
-            call.bag,
-            call.bias,
-            call.mean,
-            call.rstd,
-            call.seed,
-            call.starts,
-            call.lengths,
+            *call.inputs,
             part,
             *statistics,
             n_bags,
@@ -108,11 +122,8 @@ def forward_narrow(call: Call, shape: dict[str, int], rows: Tensor, pooled: Tens
             call.eps,
             rows.stride(0),
             rows.stride(1),
-            call.bag.stride(0) // call.stride_unit,
-            STRIDE_UNIT=call.stride_unit,
-            D=call.shape[2],
-            NORMALIZE=call.normalize,
-            PRECISION=_precision(),
+            call.row_stride,
+            **call.constants,
             **shape,
         )
         state.merge(part, statistics, first, chunk, slots.rows)
@@ -169,7 +180,7 @@ class State:
 
 def backward_rows(call: Call, a: Tensor, dz: Tensor, per_row: Tensor, d_rows: Tensor) -> None:
     """Fill d_rows."""
-    n_bags, n_rows, width = call.shape
+    n_bags, n_rows, _ = call.shape
     shape = shapes.narrow_shape(call.problem, call.limits, backward=True)
     if shape is None:
         for first, chunk, slot_rows, part, _ in products(call, a, dz, per_row):
@@ -185,13 +196,7 @@ def backward_rows(call: Call, a: Tensor, dz: Tensor, per_row: Tensor, d_rows: Te
             a,
             dz,
             per_row,
-            call.bag,
-            call.bias,
-            call.mean,
-            call.rstd,
-            call.seed,
-            call.starts,
-            call.lengths,
+            *call.inputs,
             part,
             n_bags,
             call.bag.shape[0],
@@ -202,11 +207,8 @@ def backward_rows(call: Call, a: Tensor, dz: Tensor, per_row: Tensor, d_rows: Te
             call.scale,
             call.eps,
             call.keep_scale,
-            call.bag.stride(0) // call.stride_unit,
-            STRIDE_UNIT=call.stride_unit,
-            D=width,
-            NORMALIZE=call.normalize,
-            PRECISION=_precision(),
+            call.row_stride,
+            **call.constants,
             **shape,
         )
         sum_slots(call, part, d_rows, first, chunk, slots.rows)
@@ -229,13 +231,7 @@ def backward_stored(
         a,
         dz,
         per_row,
-        call.bag,
-        call.bias,
-        call.mean,
-        call.rstd,
-        call.seed,
-        call.starts,
-        call.lengths,
+        *call.inputs,
         d_bag,
         d_bias,
         n_bags,
@@ -245,12 +241,9 @@ def backward_stored(
         call.scale,
         call.eps,
         call.keep_scale,
-        call.bag.stride(0) // call.stride_unit,
+        call.row_stride,
         0 if d_bag is None else d_bag.stride(0),
-        STRIDE_UNIT=call.stride_unit,
-        D=width,
-        NORMALIZE=call.normalize,
-        PRECISION=_precision(),
+        **call.constants,
         **shape,
     )
 
@@ -284,13 +277,7 @@ def products(
             a,
             dz,
             per_row,
-            bag,
-            call.bias,
-            call.mean,
-            call.rstd,
-            call.seed,
-            call.starts,
-            call.lengths,
+            *call.inputs,
             coef,
             row_mean,
             tiles[0],
@@ -305,12 +292,9 @@ def products(
             call.scale,
             call.eps,
             call.keep_scale,
-            bag.stride(0) // call.stride_unit,
+            call.row_stride,
             stride,
-            STRIDE_UNIT=call.stride_unit,
-            D=width,
-            NORMALIZE=call.normalize,
-            PRECISION=_precision(),
+            **call.constants,
             **scores,
         )
         pool_bag_product_kernel[(chunk * programs,)](
@@ -331,12 +315,9 @@ def products(
             first,
             slots.rows,
             call.scale,
-            bag.stride(0) // call.stride_unit,
+            call.row_stride,
             stride,
-            STRIDE_UNIT=call.stride_unit,
-            D=width,
-            NORMALIZE=call.normalize,
-            PRECISION=_precision(),
+            **call.constants,
             BLOCK_T=tile,
             **product,
         )

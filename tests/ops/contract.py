@@ -64,8 +64,11 @@ CASES = (
     Case("prime", ranges=((0, 251), (251, 127)), n_stored=378, dim=24, queries=7, heads=1),
     Case("many rows", ranges=((0, 97),), n_stored=97, dim=20, queries=9, heads=5, norm=True),
     Case("positive features, not normalised", mean=1.0),
+    Case("one row", ranges=((4, 1),), n_stored=6),
     Case("empty bag last", ranges=((0, 5), (5, 0)), n_stored=5),
 )
+# without a normalisation: docs/math.md says what holds here, and where
+FAR_CASE = Case("far from zero, not normalised", mean=30.0)
 WIDE_CASES = (
     Case("wide", ranges=((0, 700), (650, 300)), n_stored=1000, dim=1029, queries=6, heads=1),
     Case("healnet", ranges=((0, 600),), n_stored=600, dim=517, queries=25, heads=8, norm=True),

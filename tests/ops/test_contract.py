@@ -13,7 +13,7 @@ from torch import Tensor
 from survfuse import ops
 from survfuse.native.core import CPU_ISAS, native_core
 from survfuse.ops.backends import backend_obstacle
-from tests.ops.contract import CASES, OPS, TARGETS, WIDE_CASES, Call, Case, Op
+from tests.ops.contract import CASES, FAR_CASE, OPS, TARGETS, WIDE_CASES, Call, Case, Op
 from tests.ops.tolerance import assert_within_budget
 
 IDS = {"ids": lambda value: getattr(value, "name", str(value))}
@@ -98,6 +98,12 @@ def test_results_and_gradients_within_budget(op: Op, backend: str, device: str, 
 )
 def test_wide_results_and_gradients_within_budget(op, backend, device, case) -> None:
     check_budget(op, backend, device, case)
+
+
+@pytest.mark.parametrize("backend", ["tiled", "native"])
+def test_gradients_of_rows_are_balanced(backend: str) -> None:
+    """d_logits of a row sum to d_lse: what rounding leaves of that would stand times the mean."""
+    check_budget(OPS[0], backend, "cpu", FAR_CASE)
 
 
 def check_budget(op: Op, backend: str, device: str, case: Case) -> None:
