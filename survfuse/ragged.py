@@ -108,10 +108,12 @@ class Ragged(NamedTuple):
         low_start, low, high, total = torch.stack(
             [starts.min(), lengths.min(), lengths.max(), lengths.sum()]
         ).tolist()
-        if low_start < 0:
-            raise ValueError(f"starts holds {low_start}; a first row must be at least 0")
         if low < 0:
             raise ValueError(f"lengths holds {low}; a bag has at least 0 rows")
+        if high * lengths.numel() >= 2**63:
+            raise ValueError(f"lengths holds {high}; {lengths.numel()} such bags pass 2^63 rows")
+        if low_start < 0:
+            raise ValueError(f"starts holds {low_start}; a first row must be at least 0")
         return cls(starts, lengths, total, high)
 
     @property
@@ -164,7 +166,7 @@ def _int_vector(
 ) -> Tensor:
     try:
         tensor = torch.as_tensor(values, device=device)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} is {values!r}; it must be a vector of integers") from error
     if tensor.numel() == 0:
         tensor = tensor.to(torch.int64)

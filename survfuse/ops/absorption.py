@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from survfuse.ops.backends import BACKENDS
+from survfuse.ops.backends import check_backend
 
 # floating-point operations that take as long as moving one byte: 180 GFLOP/s over 40 GB/s were
 # measured on two CPU cores; GPUs have more, which favours moving less
@@ -24,8 +24,7 @@ def resolve_absorb(absorb: str, backend: str | None) -> str:
     """
     if absorb not in _ABSORB:
         raise ValueError(f"absorb is {absorb!r}; it must be one of {_ABSORB}")
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; it must be None or one of {BACKENDS}")
+    check_backend(backend)
     if backend in ("native", "triton"):
         if absorb == "never":
             raise RuntimeError(

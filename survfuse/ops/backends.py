@@ -37,18 +37,29 @@ def select_backend(
         ValueError: no backend has that name.
         RuntimeError: the named backend cannot serve the call; the message says why.
     """
+    check_backend(requested)
     if requested is None:
         return _fastest(device, dtype, n_rows)
-    if requested not in BACKENDS:
-        raise ValueError(f"backend is {requested!r}; it must be None or one of {BACKENDS}")
     obstacle = backend_obstacle(requested, device=device, dtype=dtype)
     if obstacle:
         raise RuntimeError(f"backend={requested!r} cannot serve this call: {obstacle}")
     return Selection(requested, "asked for")
 
 
-def backend_obstacle(backend: str, *, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a backend cannot serve a bag of this type on this device; None if it can."""
+def check_backend(backend: str | None) -> None:
+    """Raise unless `backend` is None or the name of a backend."""
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; it must be None or one of {BACKENDS}")
+
+
+def backend_obstacle(backend: str, *, device: torch.device | str, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot serve a bag of this type on this device; None if it can.
+
+    Raises:
+        ValueError: no backend has that name.
+    """
+    check_backend(backend)
+    device = torch.device(device)
     if backend == "triton":
         return _triton_obstacle(device, dtype)
     if backend == "native":

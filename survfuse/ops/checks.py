@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 
 import torch
@@ -17,8 +18,7 @@ def check_tensor(
     """Raise unless `tensor` is floating, on `device`, and of `shape` (a letter fits any size)."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is {type(tensor).__name__}; it must be a tensor")
-    if tensor.dtype not in FLOATS:
-        raise TypeError(f"{name} is {tensor.dtype}; it must be bf16, fp16, fp32 or fp64")
+    _check_floats(name, tensor)
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device} and the bag on {device}; move one of them")
     fits = tensor.dim() == len(shape) and all(
@@ -30,12 +30,20 @@ def check_tensor(
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be [{wanted}]")
 
 
+def _check_floats(name: str, tensor: Tensor) -> None:
+    if tensor.is_nested or tensor.layout != torch.strided:
+        found = "nested" if tensor.is_nested else str(tensor.layout)
+        hint = "; Ragged.from_jagged gives the ranges of its .values()" if tensor.is_nested else ""
+        raise TypeError(f"{name} is {found}; it must be a dense tensor{hint}")
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} is {tensor.dtype}; it must be bf16, fp16, fp32 or fp64")
+
+
 def check_bag(bag: Tensor) -> None:
     """Raise unless `bag` is a floating [T, D] or [B, N, D]."""
     if not isinstance(bag, Tensor):
         raise TypeError(f"bag is {type(bag).__name__}; it must be a tensor")
-    if bag.dtype not in FLOATS:
-        raise TypeError(f"bag is {bag.dtype}; it must be bf16, fp16, fp32 or fp64")
+    _check_floats("bag", bag)
     if bag.dim() not in (2, 3):
         raise ValueError(f"bag has shape {tuple(bag.shape)}; it must be [T, D] or [B, N, D]")
     if bag.shape[-1] == 0:
@@ -46,6 +54,14 @@ def check_number(name: str, value: float) -> None:
     """Raise unless `value` is one real number."""
     if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         raise TypeError(f"{name} is {value!r}; it must be a number")
+
+
+def check_scale(scale: float) -> None:
+    """Raise unless `scale` is a finite number."""
+    check_number("scale", scale)
+    # a graph being compiled holds a symbol
+    if not torch.compiler.is_compiling() and not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}; it must be finite")
 
 
 def check_eps(name: str, eps: float) -> None:

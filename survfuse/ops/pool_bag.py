@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from survfuse import reference
-from survfuse.ops.backends import select_backend
+from survfuse.ops.backends import check_backend, select_backend
 from survfuse.ops.checks import check_bag, check_bias, check_dropout, check_tensor
 from survfuse.ops.flops import flop_formula
 from survfuse.ops.registration import (
@@ -97,6 +97,7 @@ def pool_bag(
     """
     packed, bias, ragged = check_pooling(rows, bag, bias, ragged, stats)
     check_dropout(dropout_p)
+    check_backend(backend)
     seed = draw_seed(bag.device) if dropout_p > 0 and backend != "reference" else None
     pooling = make_pooling(ragged, scale, normalize_eps, stats, dropout_p, seed)
     if backend == "reference":

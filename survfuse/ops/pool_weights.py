@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from survfuse import reference
-from survfuse.ops.backends import BACKENDS
+from survfuse.ops.backends import check_backend
 from survfuse.ops.checks import check_reduce, check_tensor
 from survfuse.ops.flops import flop_formula
 from survfuse.ops.pool_bag import check_pooling
@@ -115,8 +115,7 @@ def pool_weights(
 
 def check_weights_backend(backend: str | None) -> None:
     """Raise unless `backend` implements pool_weights."""
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; it must be None or one of {BACKENDS}")
+    check_backend(backend)
     if backend in ("native", "triton"):
         raise RuntimeError(
             f"backend={backend!r} cannot serve this call: only None, "

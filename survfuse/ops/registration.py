@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from survfuse.ops.checks import check_eps, check_number
+from survfuse.ops.checks import check_eps, check_scale
 from survfuse.pooling import Pooling
 from survfuse.ragged import Ragged
 
@@ -28,7 +28,7 @@ def make_pooling(
     seed: Tensor | None = None,
 ) -> Pooling:
     """The public arguments, checked, as the registered ops take them."""
-    check_number("scale", scale)
+    check_scale(scale)
     if normalize_eps is not None:
         check_eps("normalize_eps", normalize_eps)
     mean, rstd = (None, None) if stats is None or normalize_eps is None else stats

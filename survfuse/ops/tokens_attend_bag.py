@@ -15,8 +15,8 @@ from survfuse.ops.checks import (
     check_bias,
     check_dropout,
     check_eps,
-    check_number,
     check_reduce,
+    check_scale,
     check_tensor,
 )
 from survfuse.ops.formed_attention import formed_attention
@@ -136,7 +136,7 @@ def tokens_attend_bag_with_lse(
     packed, bias, ragged = _check(
         query, bag, w_k, w_v, b_k, b_v, norm_weight, norm_bias, bias, ragged
     )
-    _check_numbers(norm_eps, scale)
+    _check_scales(norm_eps, scale)
     check_dropout(dropout_p)
     absorb = resolve_absorb(absorb, backend)
     if backend == "reference":
@@ -238,7 +238,7 @@ def tokens_attend_bag_weights(
     packed, bias, ragged = _check(
         query, bag, w_k, None, b_k, None, norm_weight, norm_bias, bias, ragged
     )
-    _check_numbers(norm_eps, scale)
+    _check_scales(norm_eps, scale)
     check_reduce(reduce)
     check_tensor("lse", lse, shape=tuple(query.shape[:3]), device=bag.device)
     if backend == "reference":
@@ -330,7 +330,7 @@ def _check(
     return packed, bias, ragged
 
 
-def _check_numbers(norm_eps: float, scale: float | None) -> None:
+def _check_scales(norm_eps: float, scale: float | None) -> None:
     check_eps("norm_eps", norm_eps)
     if scale is not None:
-        check_number("scale", scale)
+        check_scale(scale)

@@ -248,6 +248,20 @@ def test_eps_below_zero(op: str, eps: float) -> None:
 
 
 @every_op
+def test_scale_is_finite(op: str) -> None:
+    refuses(ValueError, "scale is inf; it must be finite", op, scale=float("inf"))
+
+
+@every_op
+def test_bags_are_dense(op: str) -> None:
+    bag = CALLS[op][1]["bag"]
+    message = "bag is torch.sparse_coo; it must be a dense tensor"
+    refuses(TypeError, message, op, bag=bag.to_sparse())
+    nested = torch.nested.as_nested_tensor([bag, bag[:2]], layout=torch.jagged)
+    refuses(TypeError, "bag is nested; it must be a dense tensor; Ragged.from", op, bag=nested)
+
+
+@every_op
 def test_numbers_are_numbers(op: str) -> None:
     names = ["scale", EPS.get(op, "norm_eps")]
     names += ["dropout_p"] if "weights" not in op else []
@@ -269,8 +283,9 @@ def test_unknown_absorption(op: str) -> None:
 
 @pytest.mark.parametrize(("op", "options"), [p for p in WAYS if "backend" not in p.values[1]])
 def test_unknown_backend(op: str, options: dict) -> None:
-    message = "backend is 'cudnn'; it must be None or one of ('reference', 'tiled', "
-    refuses(ValueError, message, op, backend="cudnn", **options)
+    for backend in ("cudnn", 3):
+        message = f"backend is {backend!r}; it must be None or one of ('reference', 'tiled', "
+        refuses(ValueError, message, op, backend=backend, **options)
 
 
 @pytest.mark.parametrize("backend", ["native", "triton"])
@@ -372,6 +387,12 @@ def test_why_native_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_named_backend_never_falls_back() -> None:
     with pytest.raises(RuntimeError, match="not fp64"):
         call("pool_bag", backend="triton", bag=torch.zeros(T, D).double())
+
+
+def test_obstacles_of_a_backend_nobody_has() -> None:
+    with pytest.raises(ValueError, match="backend is 'tritn'; it must be None or one of"):
+        backends.backend_obstacle("tritn", device="cpu", dtype=torch.float32)
+    assert backends.backend_obstacle("tiled", device="cpu", dtype=torch.float32) is None
 
 
 class TestSelectedBackend:
