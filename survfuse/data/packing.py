@@ -338,7 +338,8 @@ class _Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._stream = path.open("a+b")
+        # unbuffered: what a full disk refused would be tried again on closing, and fail again
+        self._stream = path.open("a+b", buffering=0)
         try:
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -373,8 +374,9 @@ class _Journal:
         self._append(json.dumps([path, checksum]) + "\n")
 
     def _append(self, text: str) -> None:
-        self._stream.write(text.encode())
-        self._stream.flush()
+        rest = memoryview(text.encode())
+        while rest:
+            rest = rest[self._stream.write(rest) :]
         os.fsync(self._stream.fileno())
 
     def remove(self) -> None:

@@ -110,5 +110,8 @@ def _native_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in ELEMENT_TYPES:
         return f"it takes {', '.join(map(str, ELEMENT_TYPES))}, not {dtype}"
     if native_core() is None:
-        return "survfuse was installed without its native core (SURVFUSE_BUILD=none)"
+        return (
+            "the native core was not built (SURVFUSE_BUILD=none) or cannot be loaded; "
+            "`survfuse doctor` says which"
+        )
     return None

@@ -299,14 +299,6 @@ def test_an_existing_store_is_not_replaced_unasked(tmp_path, folder):
     assert {path.name for path in tmp_path.iterdir()} == {"features", "out.h5"}
 
 
-def test_two_processes_do_not_write_one_store(tmp_path, folder):
-    journal = packing._Journal(tmp_path / ".out.h5.journal")
-    with pytest.raises(BlockingIOError, match="another process is packing this store"):
-        pack(folder, tmp_path / "out.h5")
-    journal.close(keep=False)
-    pack(folder, tmp_path / "out.h5")
-
-
 def full_disk_after(monkeypatch, n_writes):
     original, calls = os.pwrite, []
 

@@ -375,7 +375,7 @@ def test_why_native_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "torch.float32, " in obstacle("native", dtype=torch.int8)
     assert "not torch.int8" in obstacle("native", dtype=torch.int8)
     monkeypatch.setattr(backends, "native_core", lambda: None)
-    assert "without its native core (SURVFUSE_BUILD=none)" in obstacle("native")
+    assert "was not built (SURVFUSE_BUILD=none) or cannot be loaded" in obstacle("native")
     # and what is taken instead says the same
     chosen = backends.select_backend(
         None, device=torch.device("cpu"), dtype=torch.float32, n_rows=6
