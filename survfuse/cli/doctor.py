@@ -27,10 +27,12 @@ EXTRAS = {
 }
 GAINS = {
     "train": "survfuse train, evaluate, pack and demo",
-    "slides": "survfuse encode: bags straight from slide files",
+    "slides": "survfuse encode, together with extra train: bags straight from slide files",
     "bench": "the kernel benchmarks",
     "test": "the test suite",
 }
+# until an operation has one, docs/design.md section 7
+NO_CUDA_KERNEL = "; no operation has a CUDA C++ kernel yet, GPUs are served by Triton"
 MARKS = {"yes": "ok", "no": "--", "part": "!!"}
 
 
@@ -109,7 +111,7 @@ def _torch() -> list[Finding]:
             f"{torch.__version__}, {torch.get_num_threads()} threads",
         )
     ]
-    gain = "the Triton and CUDA kernels; models train on the GPU"
+    gain = "the Triton kernels; models train on the GPU"
     if torch.version.cuda is None and torch.version.hip is None:
         reason = "this torch was built for the CPU only"
         return [*found, Finding("GPU", "no", f"{reason}{_driver_note()}", gain)]
@@ -161,7 +163,7 @@ def _native() -> list[Finding]:
             else f"built, but cannot be loaded: {error}"
         )
         gain = "the C++ kernels: several times faster attention over long bags on a CPU"
-        cuda = Finding("native CUDA", "no", "no native core", "the CUDA C++ kernels")
+        cuda = Finding("native CUDA", "no", f"no native core{NO_CUDA_KERNEL}")
         return [Finding("native CPU", "no", reason, gain), cuda]
     info = {**core.build_info(), **core.machine_info()}
     isas = ", ".join(info.get("cpu_isas", [])) or "none"
@@ -172,24 +174,28 @@ def _native() -> list[Finding]:
 
 
 def _native_cuda(info: dict[str, Any]) -> Finding:
-    gain = "the CUDA C++ kernels"
+    """What the CUDA part of the core is; nothing is lost where it cannot be used, yet."""
+
+    def finding(state: str, found: str) -> Finding:
+        return Finding("native CUDA", state, found + NO_CUDA_KERNEL)
+
     if not info.get("cuda"):
         reason = "not built: nvcc was not found at installation, or SURVFUSE_BUILD=cpu was set"
-        return Finding("native CUDA", "no", reason, gain)
+        return finding("no", reason)
     archs = ", ".join(str(arch) for arch in info.get("cuda_archs", []))
     found = f"built for {archs}"
     if info.get("cuda_error"):
-        return Finding("native CUDA", "part", f"{found}; not usable: {info['cuda_error']}", gain)
+        return finding("no", f"{found}; no use here: {info['cuda_error']}")
     runtime, driver = info.get("cuda_runtime"), info.get("cuda_driver")
     if runtime and driver is not None and driver // 1000 < runtime // 1000:
-        reason = (
-            f"{found}; the driver supports CUDA {_cuda_version(driver)}, the kernels need "
-            f"{_cuda_version(runtime)}: calls take Triton instead"
+        return finding(
+            "no",
+            f"{found}; no use here: the driver supports CUDA {_cuda_version(driver)}, the build is "
+            f"of {_cuda_version(runtime)}",
         )
-        return Finding("native CUDA", "part", reason, gain)
     if info.get("cuda_devices") == 0:
-        return Finding("native CUDA", "part", f"{found}; no device", gain)
-    return Finding("native CUDA", "yes", found)
+        return finding("no", f"{found}; no device")
+    return finding("yes", found)
 
 
 def _cuda_version(number: int) -> str:
@@ -221,7 +227,6 @@ def _nvcc() -> Finding:
             "nvcc",
             "no",
             "not on PATH and not under CUDA_HOME; needed only to build, not to run",
-            "building the CUDA C++ kernels (`pip install .` does so when nvcc is found)",
         )
     return Finding("nvcc", "yes", path)
 

@@ -64,7 +64,11 @@ def evaluate_command(
         if comparison is None:
             write_report(reports[0], out)
             if not predictions[0].repeated:
-                write_kaplan_meier(predictions[0], out)
+                try:
+                    write_kaplan_meier(predictions[0], out)
+                except ValueError as error:
+                    # the report stands without the figure
+                    typer.echo(f"no Kaplan-Meier figure: {error}", err=True)
         else:
             write_comparison(comparison, out)
             write_concordance_figure(reports, out)

@@ -257,7 +257,12 @@ class Bags:
 
         Raises:
             IndexError: a group holds an index outside 0 to B - 1.
+            TypeError: a group is a number and not a list of them.
         """
+        for sample, group in enumerate(groups):
+            if isinstance(group, str) or not hasattr(group, "__iter__"):
+                what = f"groups[{sample}] is {group!r}"
+                raise TypeError(f"{what}; it must be a list of bag numbers, [] for no bag")
         groups = [[self._checked(int(i)) for i in group] for group in groups]
         device = self.features.device if device is None else torch.empty(0, device=device).device
         totals = [sum(self._lengths[i] for i in group) for group in groups]

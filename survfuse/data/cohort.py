@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -12,7 +12,14 @@ from torch import Tensor
 
 from survfuse.batch import Batch, TableBatch
 from survfuse.data.labels import assign_bins, check_survival, discretize_survival, row_indices
-from survfuse.data.modalities import ArrayModality, Source, TableModality, absent
+from survfuse.data.modalities import (
+    ArrayModality,
+    Source,
+    TableModality,
+    absent,
+    check_modalities,
+    matching_table,
+)
 from survfuse.data.names import shorten, unknown_name
 from survfuse.data.preprocessing import DEFAULT_CLIP, TablePreprocessor
 
@@ -40,7 +47,8 @@ class Cohort:
 
     Raises (when made):
         ValueError: lengths differ, a unit id occurs twice, a time is NaN or negative, an event is
-            not binary, or no modality is given. Names the row.
+            not binary, the index of covariates is another, or there is no modality. Names the row.
+        TypeError: covariates is no frame, or a modality none of the four kinds.
     """
 
     unit_ids: tuple[str, ...]
@@ -60,6 +68,10 @@ class Cohort:
         set_(self, "unit_ids", tuple(str(name) for name in self.unit_ids))
         set_(self, "patient_ids", tuple(str(name) for name in self.patient_ids))
         n = len(self.time)
+        check_modalities(self.modalities)
+        if not hasattr(self.covariates, "columns"):
+            what = type(self.covariates).__name__
+            raise TypeError(f"covariates is {what}; it must be a DataFrame indexed by unit id")
         lengths = {
             "unit_ids": len(self.unit_ids),
             "patient_ids": len(self.patient_ids),
@@ -72,6 +84,18 @@ class Cohort:
         if len(set(self.unit_ids)) != n:
             twice = next(u for u in self.unit_ids if self.unit_ids.count(u) > 1)
             raise ValueError(f"unit_ids holds {twice!r} twice; every row must have its own name")
+        # values in another order would silently be those of other patients
+        for row, (label, unit) in enumerate(zip(self.covariates.index.astype(str), self.unit_ids)):
+            if label != unit:
+                what = f"covariates.index at row {row} is {label!r}"
+                raise ValueError(f"{what}; it must be the unit id {unit!r}")
+
+    def __repr__(self) -> str:
+        who = f"{len(self)} units of {len(set(self.patient_ids))} patients"
+        have = ""
+        for name, source in self.modalities.items():
+            have += f"; {name}: {source.kind} of {source.channels}, {source.present.sum()} present"
+        return f"Cohort({self.name!r}, {who}, {self.event.sum()} events{have})"
 
     def __len__(self) -> int:
         return len(self.time)
@@ -213,9 +237,7 @@ class Cohort:
         return PreparedCohort(self, labels, edges, fitted, self.channels())
 
     def _replace(self, **changes: Any) -> Cohort:
-        import dataclasses
-
-        return dataclasses.replace(self, **changes)
+        return replace(self, **changes)
 
 
 class PreparedCohort:
@@ -302,15 +324,14 @@ class PreparedCohort:
             ValueError: a row number is out of range.
         """
         rows = row_indices(rows, len(self), "rows")
+        index = torch.from_numpy(rows)
         inputs = {}
         for name in self._channels:
             if name in self._tables:
                 table = self._tables[name]
-                index = torch.from_numpy(rows)
                 inputs[name] = TableBatch(table.values[index], table.present[index]).to(device)
             else:
                 inputs[name] = self.cohort.modalities[name].batch(rows, device=device)
-        index = torch.from_numpy(rows)
         targets = (self._time[index], self._event[index], self._label[index], index)
         return Batch(inputs, *(tensor.to(device) for tensor in targets))
 
@@ -344,10 +365,8 @@ class PreparedCohort:
             ValueError: another version, a modality of another kind or width, or a table that
                 lacks a column; names it.
         """
-        if state.get("version") != STATE_VERSION:
-            raise ValueError(
-                f"state has version {state.get('version')}; it must be {STATE_VERSION}"
-            )
+        if (version := state.get("version")) != STATE_VERSION:
+            raise ValueError(f"state has version {version}; it must be {STATE_VERSION}")
         edges = np.concatenate([[0.0], state["interior_edges"], [np.inf]])
         fitted = {
             name: TablePreprocessor.from_state(part) for name, part in state["tables"].items()
@@ -358,7 +377,7 @@ class PreparedCohort:
             if source is not None and source.kind != kind:
                 raise ValueError(f"modality {name!r} is a {source.kind}; it must be a {kind}")
             if kind == "table":
-                modalities[name] = _matching_table(source, name, fitted[name], len(cohort))
+                modalities[name] = matching_table(source, name, fitted[name].features, len(cohort))
             elif source is None:
                 axes = state["axes"].get(name, (1,))
                 modalities[name] = absent(kind, width, len(cohort), axes=axes)
@@ -379,21 +398,3 @@ def _prepared_table(cohort: Cohort, name: str, fitted: TablePreprocessor) -> Tab
     values = fitted.transform(source.values)
     values[~present] = 0
     return TableBatch(torch.from_numpy(values), torch.from_numpy(present))
-
-
-def _matching_table(
-    source: Source | None, name: str, fitted: TablePreprocessor, n_rows: int
-) -> TableModality:
-    if source is None:
-        values = np.full((n_rows, len(fitted.features)), np.nan)
-        return TableModality(values, fitted.features)
-    if source.features == fitted.features:
-        return source
-    position = {feature: i for i, feature in enumerate(source.features)}
-    missing = [feature for feature in fitted.features if feature not in position]
-    if missing:
-        raise ValueError(
-            f"table {name!r} lacks {len(missing)} columns that training had: {shorten(missing)}"
-        )
-    columns = [position[feature] for feature in fitted.features]
-    return TableModality(source.values[:, columns], fitted.features, source.groups)

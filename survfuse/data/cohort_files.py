@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from survfuse.data.bags import Bags
 from survfuse.data.cohort import Cohort
@@ -92,7 +95,11 @@ def read_cohort(
     if bags is None:
         return cohort
     slides = _slides_of(about)
-    return cohort.with_modality(bag_name, bags_of_slides(bags, slides))
+    modality = bags_of_slides(bags, slides)
+    wanted = sum(len(group) for group in slides)
+    without = wanted - sum(len(group) for group in modality.groups)
+    note = f"{without} of {wanted} slides have no bag" if without else None
+    return cohort.with_modality(bag_name, modality, note=note)
 
 
 def bags_of_slides(
@@ -216,7 +223,7 @@ def _slides_of(metadata: pd.DataFrame) -> list[tuple[str, ...]]:
 
 def _open_bags(path: Path, wanted: set[str]) -> Bags:
     """The bags of a store, or those of the wanted slides in a folder."""
-    from survfuse.data.readers import SUFFIXES, read_bag
+    from survfuse.data.readers import SUFFIXES, bag_name, read_bag
     from survfuse.data.store import BagStore
 
     if path.is_file():
@@ -228,7 +235,7 @@ def _open_bags(path: Path, wanted: set[str]) -> Bags:
         raise FileNotFoundError(f"bags: folder {path} holds no bag file ({', '.join(SUFFIXES)})")
     file_of: dict[str, Path] = {}
     for file in files:
-        slide = strip_slide_suffix(file.name)
+        slide = strip_slide_suffix(bag_name(file))
         if slide in file_of:
             raise ValueError(f"bags: {file_of[slide]} and {file} are both of slide {slide!r}")
         file_of[slide] = file
@@ -241,8 +248,19 @@ def _open_bags(path: Path, wanted: set[str]) -> Bags:
     read = [read_bag(file) for file in used.values()]
     coords = [bag.coords for bag in read] if any(bag.coords is not None for bag in read) else None
     sizes = {"patch_size_level0": [bag.patch_size_level0 for bag in read]}
-    features = [bag.features for bag in read]
+    features = _alike([bag.features for bag in read])
     return Bags.from_list(features, list(used), coords=coords, attributes=sizes)
+
+
+def _alike(features: list[Tensor]) -> list[Tensor]:
+    """Of one type, and slides without tissue, which some tools write as (0,), of the same width."""
+    kinds = {bag.dtype for bag in features if len(bag)}
+    widths = {bag.shape[1] for bag in features if len(bag)}
+    if not kinds:
+        return features
+    kind = functools.reduce(torch.promote_types, kinds)
+    empty = torch.empty((0, min(widths)), dtype=kind)
+    return [bag.to(kind) if len(bag) else empty for bag in features]
 
 
 def _cohort_name(path: str | os.PathLike[str]) -> str:

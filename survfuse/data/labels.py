@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -136,8 +137,8 @@ def discretize_survival(
         >>> labels.tolist(), edges.tolist()
         ([0, 1, 2, 3, 3], [0.0, 1.75, 2.5, 3.25, inf])
     """
-    if isinstance(n_bins, bool) or int(n_bins) != n_bins or n_bins < 2:
-        raise ValueError(f"n_bins is {n_bins}; it must be an integer of at least 2")
+    if isinstance(n_bins, bool) or not isinstance(n_bins, Integral) or n_bins < 2:
+        raise ValueError(f"n_bins is {n_bins!r}; it must be an integer of at least 2")
     times, events = check_survival(time, event)
     rows = row_indices(fit_on, times.size, "fit_on")
     seen = times[rows][events[rows]]

@@ -77,6 +77,8 @@ def open_h5(path: Path, file: Any) -> Source:
         )
     bfloat16 = data.dtype == np.uint16 and _text(data.attrs.get("dtype")) == "bfloat16"
     coords = file.get("coords")
+    if coords is not None and not isinstance(coords, h5py.Dataset):
+        raise BagFileError(f"{path}: 'coords' is a group; it must be a dataset (patches, 2)")
     attrs = {} if coords is None else coords.attrs
     unit = _coords_unit(file, key)
     return Source(
@@ -201,6 +203,11 @@ def open_pt(path: Path) -> Source:
                 f"{', '.join(FEATURE_KEYS)}, and may have coords"
             )
         content, coords = content[key], content.get("coords")
+    if isinstance(content, list | tuple) and content:
+        # eva saves a list, of patches or of groups of patches
+        tensors = [part for part in content if isinstance(part, Tensor) and part.dim() in (1, 2)]
+        if len(tensors) == len(content) and len({part.shape[-1] for part in tensors}) == 1:
+            content = torch.cat([torch.atleast_2d(part) for part in tensors])
     if not isinstance(content, Tensor) or content.layout != torch.strided:
         raise BagFileError(
             f"{path} holds {_describe(content)}; a bag must be a dense tensor (patches, width), "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, get_args
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from survfuse.batch import ArrayBatch, BagBatch, GraphBatch, TableBatch
 from survfuse.data.bags import Bags
+from survfuse.data.names import shorten
 
 Rows = NDArray[np.int64]
 Device = torch.device | str | None
@@ -46,6 +47,10 @@ class TableModality:
         values: [n, F], NaN where unknown. A row without any known value is absent.
         features: F column names, each once.
         groups: named sets of columns, for example pathways or gene families; may overlap.
+
+    Raises (when made):
+        TypeError: values is no array of numbers, or features no sequence of names.
+        ValueError: shapes disagree or a column name occurs twice.
     """
 
     kind: ClassVar[str] = "table"
@@ -54,6 +59,16 @@ class TableModality:
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.values, np.ndarray) or self.values.dtype.kind not in "fiub":
+            found = getattr(self.values, "dtype", None)
+            what = type(self.values).__name__ + (f" of {found}" if found is not None else "")
+            raise TypeError(
+                f"values is {what}; it must be a numpy array of numbers [rows, columns] "
+                "(DataFrame.to_numpy(float) gives one)"
+            )
+        if isinstance(self.features, str) or not all(isinstance(f, str) for f in self.features):
+            raise TypeError(f"features is {self.features!r}; it must be the names of the columns")
+        object.__setattr__(self, "features", tuple(self.features))
         if self.values.ndim != 2 or self.values.shape[1] != len(self.features):
             raise ValueError(
                 f"values has shape {self.values.shape}; it must be [rows, {len(self.features)}], "
@@ -102,7 +117,17 @@ class BagModality:
     groups: tuple[tuple[int, ...], ...]
 
     def __post_init__(self) -> None:
+        if not hasattr(self.bags, "batch"):
+            raise TypeError(
+                f"bags is {type(self.bags).__name__}; it must be Bags (BagStore(path).bags() gives "
+                "those of a store)"
+            )
         for row, group in enumerate(self.groups):
+            if isinstance(group, str) or not hasattr(group, "__iter__"):
+                raise TypeError(
+                    f"groups: row {row} is {group!r}; it must be a tuple of bag numbers, () for no "
+                    "bag"
+                )
             outside = [i for i in group if not 0 <= i < len(self.bags)]
             if outside:
                 raise ValueError(
@@ -152,6 +177,8 @@ class ArrayModality:
     present: NDArray[np.bool_]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.values, Tensor):
+            raise TypeError(f"values is {type(self.values).__name__}; it must be a tensor")
         if self.values.dim() < 3 or not self.values.dtype.is_floating_point:
             raise ValueError(
                 f"values is {self.values.dtype} of shape {tuple(self.values.shape)}; it must be "
@@ -270,6 +297,43 @@ def absent(kind: str, channels: int, n_rows: int, *, axes: Sequence[int] = (1,))
     if kind == "graph":
         return GraphModality(nothing, (), np.full(n_rows, -1))
     raise ValueError(f"kind is {kind!r}; it must be 'bag', 'array' or 'graph'")
+
+
+def check_modalities(modalities: Mapping[str, Source]) -> None:
+    """Raise unless `modalities` maps at least one name to a modality."""
+    if not isinstance(modalities, Mapping) or not modalities:
+        found = "empty" if isinstance(modalities, Mapping) else type(modalities).__name__
+        raise ValueError(f"modalities is {found}; it must map at least one name to a modality")
+    for name, source in modalities.items():
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"modalities has the name {name!r}; it must be a non-empty string")
+        if not isinstance(source, Source):
+            kinds = ", ".join(kind.__name__ for kind in get_args(Source))
+            raise TypeError(
+                f"modalities[{name!r}] is {type(source).__name__}; it must be one of {kinds}"
+            )
+
+
+def matching_table(
+    source: Source | None, name: str, features: tuple[str, ...], n_rows: int
+) -> TableModality:
+    """The columns `features` of a table in that order; absent from every row where there is none.
+
+    Raises:
+        ValueError: it lacks a column.
+    """
+    if source is None:
+        return TableModality(np.full((n_rows, len(features)), np.nan), features)
+    if source.features == features:
+        return source
+    position = {feature: i for i, feature in enumerate(source.features)}
+    missing = [feature for feature in features if feature not in position]
+    if missing:
+        raise ValueError(
+            f"table {name!r} lacks {len(missing)} columns that training had: {shorten(missing)}"
+        )
+    columns = [position[feature] for feature in features]
+    return TableModality(source.values[:, columns], features, source.groups)
 
 
 def _check_present(present: NDArray[np.bool_], n_rows: int) -> None:

@@ -121,7 +121,10 @@ class OmicsTable:
             about["site"] = site_codes(about["case_id"], None)
         else:
             about = read_case_metadata(metadata)
-            about = about.loc[about.index.isin(values.index)]
+            without = about.index[~about.index.isin(values.index)]
+            if len(without):
+                notes += (f"{len(without)} cases without expression were left out",)
+            about = about.drop(without)
             if about.empty:
                 raise ValueError(f"{path} and {metadata} have no case in common")
             values = values.loc[about.index]
@@ -284,7 +287,7 @@ def strip_slide_suffix(slide_id: str) -> str:
         'TCGA-2F-A9KO-01Z-00-DX1.195576CF-vss'
     """
     # slide ids hold dots themselves, so only known suffixes go
-    return re.sub(r"\.(svs|tiff?|ndpi|mrxs|scn|h5|hdf5|pt|npy)$", "", str(slide_id), flags=re.I)
+    return re.sub(r"\.(svs|tiff?|ndpi|mrxs|scn|h5|hdf5|pth?|npy)$", "", str(slide_id), flags=re.I)
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:

@@ -80,7 +80,8 @@ def endpoint_columns(
     where the event was *not* seen and is inverted here.
 
     Returns:
-        Frame with the index of `metadata`: `time`, `event` (bool).
+        Frame with the index of `metadata`: `time`, NaN where it or censorship is unknown, and
+        `event` (bool).
 
     Raises:
         ValueError: the endpoint is unknown, its columns are missing, or censorship is not binary.
@@ -95,7 +96,10 @@ def endpoint_columns(
                 f"{source} has no column {column!r}, which endpoint {endpoint} needs; "
                 f"{unknown_name('column', column, metadata.columns)}"
             )
-    event = event_from_censorship(metadata[censorship])
     frame = metadata[[time]].rename(columns={time: "time"})
-    frame["event"] = event
+    # a patient of unknown outcome often has neither
+    known = frame["time"].notna() & metadata[censorship].notna()
+    frame.loc[~known, "time"] = float("nan")
+    frame["event"] = False
+    frame.loc[known, "event"] = event_from_censorship(metadata.loc[known, censorship])
     return frame

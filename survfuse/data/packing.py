@@ -147,7 +147,8 @@ def find_bag_files(
     """The feature files among `sources`, sorted by name; hidden files and `out` are left out.
 
     Raises:
-        FileNotFoundError: a source does not exist, or a folder holds no feature file.
+        FileNotFoundError: a source does not exist, a folder holds no feature file, or a link leads
+            nowhere.
         BagFileError: two files have the same bag name.
     """
     if isinstance(sources, str | os.PathLike):
@@ -160,10 +161,13 @@ def find_bag_files(
                 path
                 for path in source.glob(pattern)
                 if path.suffix.lower() in SUFFIXES
-                and path.is_file()
+                and (path.is_file() or path.is_symlink())
                 and not path.name.startswith(".")
                 and path.resolve() != own
             ]
+            lost = [path for path in inside if not path.exists()]
+            if lost:
+                raise FileNotFoundError(f"{lost[0]} is a link to a file that is not there")
             if not inside:
                 raise FileNotFoundError(
                     f"no file matches {pattern!r} with one of {', '.join(SUFFIXES)} in {source}"

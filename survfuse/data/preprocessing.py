@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -68,8 +69,10 @@ class TablePreprocessor:
                 value are left out.
             impute: what replaces NaN: the training mean or median after clipping, or zero.
             clip: limits at the training median plus and minus `clip` robust standard deviations
-                (interquartile range / 1.349; the standard deviation where that range is 0, which
-                is so for most mutations). None clips nothing.
+                (interquartile range / 1.349). Where that range is 0, as for mutations and silent
+                genes, the unit is the median distance of the values that differ from the median:
+                a 0/1 column keeps both values, and an outlier does not set its own limit. None
+                clips nothing.
             scale: "standard" gives training mean 0 and variance 1 (a constant column becomes 0);
                 "none" leaves the values.
             select: keep the so many columns of largest training variance after clipping.
@@ -205,7 +208,13 @@ def _limits(
     middle, deviation = np.zeros(n_features), np.zeros(n_features)
     lower, middle[known], upper = np.nanpercentile(train[:, known], [25, 50, 75], axis=0)
     robust = (upper - lower) / _NORMAL_IQR
-    deviation[known] = np.where(robust > 0, robust, np.nanstd(train[:, known], axis=0))
+    distance = np.abs(train[:, known] - middle[known])
+    distance[~(distance > 0)] = np.nan
+    with warnings.catch_warnings():
+        # a constant column has no such value
+        warnings.simplefilter("ignore", RuntimeWarning)
+        typical = np.nan_to_num(np.nanmedian(distance, axis=0))
+    deviation[known] = np.where(robust > 0, robust, typical)
     # a column that is constant or unknown in training sets no limit on other rows
     width = np.where(deviation > 0, clip * deviation, np.inf)
     return middle - width, middle + width

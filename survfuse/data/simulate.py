@@ -27,6 +27,7 @@ COMPLETE = (1.0, 0.0, 0.0)
 MISSING = (0.4, 0.3, 0.3)
 GENES_PER_FACTOR = 20
 SHAPE, SCALE = 1.3, 60.0  # of the Weibull time, in months
+_CONTROL_STREAM = 1729
 CONTROL_NOTE = (
     "the bags {name!r} are simulated, independent of the outcome and of every other modality: a "
     "negative control, which no model may gain from"
@@ -141,8 +142,9 @@ def simulate_cohort(
         raise ValueError(unknown_name("variant", str(variant), VARIANTS))
     defaults = VARIANTS[variant]
     sizes = defaults.n_patients if n_patients is None else n_patients
-    fewest, most = defaults.n_patches if n_patches is None else n_patches
-    _check_sizes(sizes, fewest, most, availability)
+    limits = defaults.n_patches if n_patches is None else n_patches
+    _check_sizes(sizes, limits, availability)
+    fewest, most = limits
     n = sum(sizes)
     rng = np.random.default_rng(seed)
     g, m, zb, zc = rng.standard_normal((4, n))
@@ -219,6 +221,8 @@ def with_control_bags(
     if name in cohort.modalities:
         raise ValueError(f"{cohort.name} has a modality {name!r} already")
     patients, of_row = np.unique(np.array(cohort.patient_ids), return_inverse=True)
+    # streams apart from those of a simulated cohort of the same seed
+    seed = int(np.random.SeedSequence((seed, _CONTROL_STREAM)).generate_state(1, np.uint64)[0])
     rng = np.random.default_rng((seed, 1))
     zb, zc = rng.standard_normal((2, patients.size))
     sides = np.round(np.sqrt(rng.uniform(*n_patches, patients.size))).astype(np.int64)
@@ -265,16 +269,24 @@ def _standardise(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return (values - values.mean()) / (deviation if deviation > 0 else 1.0)
 
 
+def _has(n: int, values: object) -> bool:
+    return hasattr(values, "__len__") and not isinstance(values, str) and len(values) == n
+
+
 def _check_sizes(
-    sizes: tuple[int, int, int], fewest: int, most: int, availability: tuple[float, float, float]
+    sizes: tuple[int, int, int],
+    limits: tuple[int, int],
+    availability: tuple[float, float, float],
 ) -> None:
-    if len(sizes) != 3 or min(sizes) < 0 or sizes[0] < 1:
+    if not _has(3, sizes) or min(sizes) < 0 or sizes[0] < 1:
         raise ValueError(
-            f"n_patients is {sizes}; it must be (train, inner, test) with at least one in train"
+            f"n_patients is {sizes!r}; it must be (train, inner, test) with at least one in train"
         )
-    if not 1024 <= fewest <= most:
-        raise ValueError(f"n_patches is ({fewest}, {most}); it must rise from at least 1024")
-    if len(availability) != 3 or min(availability) < 0 or abs(sum(availability) - 1) > 1e-9:
+    if not _has(2, limits) or not 1024 <= limits[0] <= limits[1]:
         raise ValueError(
-            f"availability is {availability}; (both, omics only, slide only) must sum to 1"
+            f"n_patches is {limits!r}; it must be (fewest, most), rising from at least 1024"
+        )
+    if not _has(3, availability) or min(availability) < 0 or abs(sum(availability) - 1) > 1e-9:
+        raise ValueError(
+            f"availability is {availability!r}; (both, omics only, slide only) must sum to 1"
         )

@@ -160,6 +160,8 @@ class BagStore:
     def verify(self, *, progress: Callable[[int, int], None] | None = None) -> None:
         """Read every row and compare its bag's checksum with the one written.
 
+        Checked are features and coordinates, not names and lengths.
+
         Args:
             progress: called after each bag with bags done and bags in all.
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from survfuse.evaluation.concordance import concordance_index
 from survfuse.evaluation.intervals import (
+    FEWEST_EVENTS,
     TRAINING_VARIANCE_NOTE,
     Difference,
     Fold,
@@ -18,6 +19,7 @@ from survfuse.evaluation.intervals import (
     corrected_t,
     holm,
     paired_difference,
+    patient_events,
 )
 from survfuse.evaluation.predictions import FoldPredictions, Predictions
 from survfuse.evaluation.report import REPEATED_NOTE, split_sizes
@@ -104,6 +106,12 @@ def compare(
         note = TRAINING_VARIANCE_NOTE
     adjusted = holm([difference.pvalue for difference in found])
     notes = [note, f"p-values are Holm-adjusted over {len(indices)} comparisons."]
+    events = patient_events(aligned[0])
+    if events < FEWEST_EVENTS:
+        notes.append(
+            f"{events} patients with an event are fewer than {FEWEST_EVENTS}: too few for the "
+            "intervals and p-values of differences to mean much."
+        )
     for run in runs:
         if run.leakage:
             notes.append(f"LEAKAGE ({run.model}, {run.protocol}): {run.leakage}")

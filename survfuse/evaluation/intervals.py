@@ -20,6 +20,8 @@ TRAINING_VARIANCE_NOTE = (
     "The interval holds the models fixed and resamples test patients within folds; the variance "
     "from training (seeds, splits, training patients) is not in it."
 )
+# with fewer patients with an event no interval is given
+FEWEST_EVENTS = 10
 _PAIRS_PER_BLOCK = 1 << 22
 
 
@@ -78,7 +80,7 @@ def concordance_interval(
     resamples: int = 2000,
     level: float = 0.95,
     seed: int = 0,
-    minimum_events: int = 10,
+    minimum_events: int = FEWEST_EVENTS,
 ) -> Interval:
     """Pooled concordance with a percentile bootstrap interval.
 
@@ -100,7 +102,7 @@ def concordance_interval(
     check_settings(resamples, level)
     estimate = pooled_concordance(folds)
     method = f"percentile bootstrap of patients within folds, stratified by event, B = {resamples}"
-    events = sum(_patient_events(fold) for fold in folds)
+    events = patient_events(folds)
     if events < minimum_events:
         note = f"No interval: {events} patients with an event are fewer than {minimum_events}."
         return Interval(estimate, None, None, level, method, note)
@@ -296,6 +298,11 @@ def _patients(folds: Sequence[Fold]) -> list[int]:
     if not folds:
         raise ValueError("folds is empty; at least one fold is needed")
     return [_patient_table(fold)[1].size for fold in folds]
+
+
+def patient_events(folds: Sequence[Fold]) -> int:
+    """Patients with an event that counts, over all folds."""
+    return sum(_patient_events(fold) for fold in folds)
 
 
 def _patient_events(fold: Fold) -> int:

@@ -12,6 +12,7 @@ from survfuse.evaluation.censoring import evaluation_times, truncation_time
 from survfuse.evaluation.concordance import uno_concordance, uno_weights
 from survfuse.evaluation.curves import LogRank, logrank_test
 from survfuse.evaluation.intervals import (
+    FEWEST_EVENTS,
     Fold,
     Interval,
     check_settings,
@@ -92,7 +93,7 @@ def evaluate(
     resamples: int = 2000,
     level: float = 0.95,
     seed: int = 0,
-    minimum_events: int = 10,
+    minimum_events: int = FEWEST_EVENTS,
 ) -> Report:
     """Evaluate one model.
 

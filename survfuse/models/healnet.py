@@ -54,6 +54,11 @@ class HEALNet(nn.Module):
     """
 
     def __init__(self, config: HEALNetConfig) -> None:
+        if not isinstance(config, HEALNetConfig):
+            raise TypeError(
+                f"config is {type(config).__name__}; it must be a HEALNetConfig "
+                "(HEALNetConfig(**values) makes one of a dict)"
+            )
         super().__init__()
         self.config = config
         draw = torch.rand if config.latent_init == "uniform" else torch.randn

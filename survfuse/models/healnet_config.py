@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from numbers import Real
 from typing import Any
 
 from survfuse.layers.fourier import fourier_channels
+from survfuse.ops.backends import check_backend
 
 KINDS = ("bag", "table", "array", "graph")
 
@@ -135,10 +137,18 @@ class HEALNetConfig:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}; it must be one of {list(allowed)}"
                 )
+        check_backend(self.backend)
+        for name in ("fourier", "latent_blocks_when_absent"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be True or False")
+        if self.output_slope is not None:
+            _check_number(self, "output_slope")
         for name in ("attention_dropout", "ff_dropout"):
+            _check_number(self, name)
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
         for name in ("temperature", "max_frequency"):
+            _check_number(self, name)
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be greater than 0")
         for name, modality in self.modalities.items():
@@ -183,19 +193,34 @@ class HEALNetConfig:
             backend: see `HEALNetConfig`.
 
         Raises:
-            ValueError: an unknown preset or cohort, or a cohort given to "paper".
+            ValueError: an unknown preset or cohort, a cohort given to "paper", or modalities that
+                are not as above.
         """
+        if isinstance(name, str) and name.startswith("released:"):
+            # a configuration file writes both in one word
+            raise ValueError(
+                f"name is {name!r}; it must be 'released' with cohort={name.partition(':')[2]!r}"
+            )
         if name not in ("paper", "released"):
             raise ValueError(f"name is {name!r}; it must be 'paper' or 'released'")
         if name == "paper" and cohort is not None:
             raise ValueError(f"cohort is {cohort!r} with preset 'paper'; it must be None")
+        if not isinstance(modalities, Mapping):
+            raise ValueError(
+                f"modalities is {modalities!r}; it must map names to (kind, channels) or a "
+                "ModalityConfig"
+            )
         parsed = {}
         for key, value in modalities.items():
             if isinstance(value, ModalityConfig):
                 parsed[key] = value
+            elif isinstance(value, (tuple, list)) and len(value) == 2:
+                parsed[key] = _default_modality(name, *value)
             else:
-                kind, channels = value
-                parsed[key] = _default_modality(name, kind, channels)
+                raise ValueError(
+                    f"modality {key!r} is {value!r}; it must be (kind, channels), for example "
+                    "('bag', 1024), or a ModalityConfig"
+                )
         settings = {} if name == "paper" else _released_settings(cohort)
         return cls(parsed, out_dims=out_dims, absorb=absorb, backend=backend, **settings)
 
@@ -317,3 +342,9 @@ def _check_integers(config: Any, lows: dict[str, int]) -> None:
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise ValueError(f"{name} is {value!r}; it must be an integer of at least {low}")
+
+
+def _check_number(config: Any, name: str) -> None:
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"{name} is {value!r}; it must be a number")

@@ -50,13 +50,18 @@ def encode_inputs(
             different sizes.
         TypeError: a batch of another kind than the configuration says.
     """
+    if not isinstance(inputs, Mapping):
+        raise TypeError(
+            f"inputs is {type(inputs).__name__}; it must map names of modalities to their batches"
+        )
     if not inputs:
         raise ValueError(
             "inputs is empty; it must hold at least one modality, with present False where absent"
         )
-    n_samples = next(iter(inputs.values())).present.shape[0]
     for name, batch in inputs.items():
         _check_batch(name, batch, config)
+    n_samples = next(iter(inputs.values())).present.shape[0]
+    for name, batch in inputs.items():
         if batch.present.shape[0] != n_samples:
             raise ValueError(
                 f"inputs[{name!r}] has {batch.present.shape[0]} samples and "
@@ -81,7 +86,19 @@ def _check_batch(name: str, batch: Modality, config: HEALNetConfig) -> None:
     if not isinstance(batch, expected):
         raise TypeError(
             f"inputs[{name!r}] is {type(batch).__name__}; a {modality.kind} must be "
-            f"a {expected.__name__}"
+            f"a {expected.__name__} of survfuse.batch"
+        )
+    packed = modality.kind in ("bag", "graph")
+    tensors = ("features", "present") if packed else ("values", "present")
+    for field in (*tensors, "edges") if modality.kind == "graph" else tensors:
+        if not isinstance(getattr(batch, field), Tensor):
+            found = type(getattr(batch, field)).__name__
+            raise TypeError(f"inputs[{name!r}].{field} is {found}; it must be a tensor")
+    if packed and not isinstance(batch.ragged, Ragged):
+        found = type(batch.ragged).__name__
+        raise TypeError(
+            f"inputs[{name!r}].ragged is {found}; it must be a survfuse.Ragged "
+            "(Ragged.from_lengths makes one)"
         )
     present = batch.present
     if present.dtype != torch.bool or present.dim() != 1:
@@ -89,14 +106,14 @@ def _check_batch(name: str, batch: Modality, config: HEALNetConfig) -> None:
             f"inputs[{name!r}].present is {present.dtype} of shape {tuple(present.shape)}; "
             "it must be bool of shape [B]"
         )
-    values = batch.features if modality.kind in ("bag", "graph") else batch.values
+    values = batch.features if packed else batch.values
     dims = modality.axes + 2 if modality.kind == "array" else 2
     if values.dim() != dims or values.shape[-1] != modality.channels:
         raise ValueError(
             f"inputs[{name!r}] has shape {tuple(values.shape)}; it must have {dims} dimensions, "
             f"the last of {modality.channels} channels"
         )
-    rows = batch.ragged.n_bags if modality.kind in ("bag", "graph") else values.shape[0]
+    rows = batch.ragged.n_bags if packed else values.shape[0]
     if rows != present.shape[0]:
         raise ValueError(
             f"inputs[{name!r}] has {rows} samples and present has {present.shape[0]}; "
@@ -104,7 +121,7 @@ def _check_batch(name: str, batch: Modality, config: HEALNetConfig) -> None:
         )
     # on another device the values of the ranges stay there unread
     readable = values.device.type == "cpu" and not torch.compiler.is_compiling()
-    if modality.kind in ("bag", "graph") and readable:
+    if packed and readable:
         batch.ragged.check(values.shape[0])
     if modality.kind == "bag" and modality.axes == 2 and config.fourier and batch.coords is None:
         raise ValueError(

@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 CLINICAL = ("age", "is_female")
 
 
-def cox_rows(config: TrainConfig, split: Split) -> np.ndarray:
-    """Training rows and those a neural model watches to stop early: Cox regression needs none.
+def development_rows(config: TrainConfig, split: Split) -> np.ndarray:
+    """Training rows and those a neural model watches to stop early.
 
-    So a baseline has learned from the same patients as the model it is compared with. Where a
-    protocol watches the test rows, only the training rows are taken.
+    Cox regression, which watches none, learns from all of them, so it has seen the same patients as
+    the model it is compared with; censoring weights, truncation and risk groups of both come from
+    them too. Where a protocol watches the test rows, only the training rows are taken.
     """
     if config.protocol.validation == "test":
         return np.asarray(split.train)
@@ -39,7 +40,7 @@ def fit_cox(
             of `survfuse.models.CoxRegression`.
         cohort: gives the clinical covariates.
         prepared: gives the table columns, imputed, clipped and scaled as the protocol says.
-        train: rows to fit on, see `cox_rows`.
+        train: rows to fit on, see `development_rows`.
         seed: of the inner folds that choose the strength of the penalty.
 
     Returns:

@@ -15,7 +15,7 @@ from survfuse.evaluation.predictions import FoldPredictions
 from survfuse.training.checkpoint import load_checkpoint, save_tensors
 from survfuse.training.config import TrainConfig
 from survfuse.training.folds import FoldPlan
-from survfuse.training.linear import cox_rows, fit_cox
+from survfuse.training.linear import development_rows, fit_cox
 from survfuse.training.loop import FoldTask, train_fold
 from survfuse.training.model import NEURAL, build_model
 from survfuse.training.predictions import fold_name, make_predictions, score_rows, unit_table
@@ -97,6 +97,7 @@ def _run_fold(
     files = folder.fold(plan.seed, plan.fold)
     prepared = prepare(config, cohort, plan.split)
     write_json(files.preprocessing, prepared.state)
+    development = development_rows(config, plan.split)
     edges = None
     if config.model.name in NEURAL:
         seed = fold_seed(plan.seed, plan.fold)
@@ -121,13 +122,12 @@ def _run_fold(
         save_tensors(files.weights, model.state_dict())
         tables = [
             score_rows(model, config, prepared, np.asarray(rows), device)
-            for rows in (plan.split.test, plan.split.train)
+            for rows in (plan.split.test, development)
         ]
         edges = prepared.edges if tables[0].logits is not None else None
     else:
-        fitted = cox_rows(config, plan.split)
-        risk, details = fit_cox(config, cohort, prepared, fitted, plan.seed)
-        tables = [unit_table(prepared, rows, risk[rows]) for rows in (plan.split.test, fitted)]
+        risk, details = fit_cox(config, cohort, prepared, development, plan.seed)
+        tables = [unit_table(prepared, rows, risk[rows]) for rows in (plan.split.test, development)]
     fold = FoldPredictions(fold_name(plan.seed, plan.fold), *tables, edges)
     make_predictions(config, [fold]).save(files.path)
     files.finish(

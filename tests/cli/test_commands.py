@@ -219,6 +219,20 @@ def test_evaluate_reports_one_run_and_compares_two(
     assert (tables / "concordance.png").is_file()
 
 
+def test_evaluate_writes_a_report_where_there_are_no_risk_groups(
+    run: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def one_group(*_: object) -> None:
+        raise ValueError("all patients are of one risk group")
+
+    monkeypatch.setattr("survfuse.evaluation.report_files.write_kaplan_meier", one_group)
+    assert call("evaluate", run, "--resamples", 100, "--out", tmp_path) == 0
+    captured = capsys.readouterr()
+    assert "no Kaplan-Meier figure: all patients are of one risk group" in captured.err
+    assert "Harrell's C" in captured.out
+    assert (tmp_path / "report.json").is_file()
+
+
 def test_the_embedded_demo_is_the_shipped_configuration() -> None:
     from survfuse.cli.demo import demo_config
     from survfuse.training.config_files import load_config, parse_config

@@ -46,6 +46,8 @@ def test_a_bare_installation_says_what_works_and_what_is_missing() -> None:
     assert "[--] triton" in text
     assert 'pip install "triton>=3.6"' in text
     assert "[--] nvcc" in text
+    assert "would add: the CUDA" not in text
+    assert "and CUDA kernels" not in text
     assert 'pip install "survfuse[train]"' in text
     assert "would add: survfuse train, evaluate, pack and demo" in text
     assert "cpu tensors" in text
@@ -81,13 +83,13 @@ def test_help_needs_no_extra() -> None:
     ("info", "state", "words"),
     [
         ({"cuda": False}, "no", "nvcc was not found"),
-        ({"cuda": True, "cuda_archs": ["sm_90a"], "cuda_error": "boom"}, "part", "boom"),
+        ({"cuda": True, "cuda_archs": ["sm_90a"], "cuda_error": "boom"}, "no", "boom"),
         (
             {"cuda": True, "cuda_archs": [], "cuda_runtime": 13000, "cuda_driver": 12080},
-            "part",
-            "the driver supports CUDA 12.8, the kernels need 13.0",
+            "no",
+            "the driver supports CUDA 12.8, the build is of 13.0",
         ),
-        ({"cuda": True, "cuda_archs": ["sm_80"], "cuda_devices": 0}, "part", "no device"),
+        ({"cuda": True, "cuda_archs": ["sm_80"], "cuda_devices": 0}, "no", "no device"),
         (
             {"cuda": True, "cuda_archs": ["sm_80"], "cuda_runtime": 13000, "cuda_driver": 13000},
             "yes",
@@ -99,6 +101,14 @@ def test_the_cuda_core_is_judged_by_what_it_reports(info: dict, state: str, word
     found = doctor._native_cuda(info)
     assert found.state == state
     assert words in found.found
+    # nothing is wrong, and nothing would be gained, while no operation has such a kernel
+    assert "no operation has a CUDA C++ kernel yet" in found.found
+    assert not found.gain
+
+
+def test_the_extra_for_slides_says_what_else_encode_needs() -> None:
+    found = doctor._extra("slides", ["no_such_module"])
+    assert "survfuse encode, together with extra train" in found.gain
 
 
 def test_a_core_that_does_not_load_is_told_from_one_that_is_not_there(

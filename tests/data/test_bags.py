@@ -161,6 +161,8 @@ def test_unknown_names_and_indices(bags):
         bags.index_of("e")
     with pytest.raises(IndexError, match="bag index 4 is out of range; there are 4 bags"):
         bags.batch([[4]])
+    with pytest.raises(TypeError, match=r"groups\[0\] is 0; it must be a list of bag numbers"):
+        bags.batch([0, 1, 2])
     with pytest.raises(IndexError, match="bag index -1"):
         bags.select([-1])
     with pytest.raises(ValueError, match=r"coords of bag 'a' have shape \(2, 2\)"):

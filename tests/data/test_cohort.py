@@ -41,7 +41,9 @@ def make_cohort(seed: int = 0) -> Cohort:
         patient_ids=tuple(f"P{i}" for i in range(N)),
         time=np.arange(1.0, N + 1),
         event=np.arange(N) % 2 == 0,
-        covariates=pd.DataFrame({"age": rng.normal(60, 5, N), "site": ["x"] * N}),
+        covariates=pd.DataFrame(
+            {"age": rng.normal(60, 5, N), "site": ["x"] * N}, index=[f"P{i}" for i in range(N)]
+        ),
         modalities={
             "genes": TableModality(table, GENES, {"pair": ("A", "C"), "none": ()}),
             "slides": BagModality(bags, groups),
@@ -226,10 +228,40 @@ def test_wrong_cohorts_are_named():
             {"modalities": {"genes": good.modalities["genes"].subset(np.arange(3))}},
             r"modalities\['genes'\] has 3 rows and time 12",
         ),
+        ({"modalities": {}}, r"modalities is empty; it must map at least one name"),
+        ({"modalities": [good.modalities["genes"]]}, r"modalities is list; it must map"),
+        ({"modalities": {1: good.modalities["genes"]}}, r"modalities has the name 1; "),
+        (
+            {"covariates": good.covariates.iloc[::-1]},
+            r"covariates.index at row 0 is 'P11'; it must be the unit id 'P0'",
+        ),
+        ({"covariates": good.covariates.reset_index(drop=True)}, r"row 0 is '0'; .* 'P0'"),
     ]
     for change, message in cases:
         with pytest.raises(ValueError, match=message):
             good._replace(**change)
+
+
+@pytest.mark.parametrize(
+    "raw", [np.zeros((N, 3)), torch.zeros(N, 3), pd.DataFrame(np.zeros((N, 3)))], ids=type
+)
+def test_raw_data_is_no_modality(raw):
+    kind = type(raw).__name__
+    message = rf"modalities\['genes'\] is {kind}; it must be one of TableModality, BagModality"
+    with pytest.raises(TypeError, match=message):
+        make_cohort()._replace(modalities={"genes": raw})
+
+
+def test_a_cohort_takes_a_frame_of_covariates():
+    with pytest.raises(TypeError, match=r"covariates is dict; it must be a DataFrame"):
+        make_cohort()._replace(covariates={"age": [60] * N})
+
+
+def test_a_cohort_is_shown_in_one_line():
+    assert repr(make_cohort()) == (
+        "Cohort('cohort', 12 units of 12 patients, 6 events; genes: table of 3, 11 present; "
+        "slides: bag of 5, 4 present; volume: array of 6, 11 present; cells: graph of 4, 3 present)"
+    )
 
 
 def test_wrong_requests_are_named():
@@ -246,10 +278,41 @@ def test_wrong_requests_are_named():
         cohort.prepare([1, 3], n_bins=2)
     with pytest.raises(ValueError, match=r"train_rows is empty"):
         cohort.prepare([])
+    with pytest.raises(ValueError, match=r"n_bins is '4'; it must be an integer"):
+        cohort.prepare(None, n_bins="4")
     with pytest.raises(ValueError, match=r"rows holds 12; rows are 0 to 11"):
         cohort.prepare(None, n_bins=2).batch([12])
     with pytest.raises(ValueError, match=r"unknown table 'slides'"):
         cohort.prepare(None, n_bins=2).features("slides")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TableModality([[1, 2]], ("a", "b")), r"values is list; it must be a numpy array"),
+        (
+            lambda: TableModality(np.array([["1", "2"]]), ("a", "b")),
+            r"values is ndarray of <U1; it must be a numpy array of numbers",
+        ),
+        (lambda: TableModality(np.array([[1, "x"]], dtype=object), ("a", "b")), r"of object"),
+        (lambda: TableModality(pd.DataFrame(np.zeros((1, 1))), ("a",)), r"values is DataFrame; "),
+        (lambda: TableModality(np.zeros((1, 2)), "ab"), r"features is 'ab'; it must be the names"),
+        (lambda: TableModality(np.zeros((1, 2)), (0, 1)), r"features is \(0, 1\); it must be"),
+        (lambda: BagModality([torch.zeros(1, 2)], ((0,),)), r"bags is list; it must be Bags"),
+        (
+            lambda: BagModality(Bags(torch.zeros(1, 2), [1], ["s"]), (0,)),
+            r"groups: row 0 is 0; it must be a tuple of bag numbers",
+        ),
+        (lambda: ArrayModality(np.zeros((1, 2, 3)), np.ones(1, bool)), r"values is ndarray; it"),
+    ],
+)
+def test_raw_values_of_a_modality_are_named(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+def test_names_of_columns_may_be_a_list():
+    assert TableModality(np.zeros((1, 2)), ["a", "b"]).features == ("a", "b")
 
 
 def test_wrong_modalities_are_named():

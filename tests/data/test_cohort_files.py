@@ -31,10 +31,14 @@ def test_the_honest_cohort_has_one_row_per_patient_and_one_table_per_type(shared
     clinical = cohort.covariate_matrix(["age", "is_female"])
     assert clinical[:, 0].min() == 34
     assert set(clinical[:, 1]) == {0, 1}
-    # no prepared value is a spike, whatever the raw table holds
-    assert cohort.modalities["rnaseq"].values.max() > 14_000
-    prepared = cohort.prepare(np.arange(250))
-    assert prepared.table("rnaseq").values[:250].abs().max() < 16
+    # a spike of the raw table does not flatten the other patients
+    rnaseq = cohort.modalities["rnaseq"]
+    assert rnaseq.values.max() > 14_000
+    column = list(rnaseq.features).index("AMELX_rnaseq")
+    rest = rnaseq.values[:250, column] < 1000
+    for clip, low, high in ((5.0, 0.5, 1.5), (None, 0.0, 0.05)):
+        values = cohort.prepare(np.arange(250), clip=clip).table("rnaseq").values[:250, column]
+        assert low <= float(values[rest].std()) < high
 
 
 def test_the_healnet_cohort_is_the_released_one(shared_data):
@@ -110,7 +114,8 @@ def files(tmp_path):
     for i, slide in enumerate(("s1", "s2", "s3", "unrelated")):
         with h5py.File(folder / f"{slide}.h5", "w") as file:
             file["features"] = np.full((2 + i, 4), i, dtype=np.float32)
-            file["coords"] = np.zeros((2 + i, 2), dtype=np.int32)
+            file["coords"] = np.full((2 + i, 2), 256 * i, dtype=np.int32)
+            file["coords"].attrs["patch_size_level0"] = 512
     return tmp_path / "tcga_tiny_all_clean.csv", folder
 
 
@@ -123,9 +128,26 @@ def test_bags_of_a_folder_join_their_patients(files):
     assert batch.ragged.lengths.tolist() == [5, 4, 0]
     start = int(batch.ragged.starts[0])
     assert batch.features[start : start + 5, 0].tolist() == [0, 0, 1, 1, 1]
+    assert batch.coords[start : start + 5, 0].tolist() == [0, 0, 256, 256, 256]
+    assert cohort.modalities["slides"].bags.attributes["patch_size_level0"] == [512, 512, 512]
+    assert "1 of 4 slides have no bag" in cohort.notes
     by_slide = read_cohort(table, rows="slides", bags=folder, bag_name="wsi")
     assert by_slide.unit_ids == ("s1", "s2", "s3", "s4")
     assert by_slide.present("wsi").tolist() == [True, True, True, False]
+
+
+def test_bags_of_a_folder_may_be_empty_of_mixed_types_and_doubly_named(files):
+    table, folder = files
+    for name in ("s1.h5", "s2.h5"):
+        (folder / name).unlink()
+    np.save(folder / "s1.npy", np.zeros(0))  # TRIDENT's slide without tissue
+    torch.save(torch.ones(3, 4).half(), folder / "s2.svs.pt")
+    torch.save(torch.ones(1, 4).half(), folder / "s4.pth")
+    cohort = read_cohort(table, bags=folder)
+    bags = cohort.modalities["slides"]
+    assert bags.n_patches.tolist() == [3, 4, 1]
+    assert bags.bags.features.dtype == torch.float32
+    assert not any("no bag" in note for note in cohort.notes)
 
 
 def test_bags_of_a_store_join_their_patients(files, tmp_path):
@@ -158,6 +180,16 @@ def test_bags_that_do_not_fit_are_named(files, tmp_path):
         file["features"] = np.zeros((2, 7), dtype=np.float32)
     with pytest.raises(ValueError, match=r"bag 's4' has 7 features per patch and bag 's1' has 4"):
         read_cohort(table, bags=folder)
+
+
+def test_a_patient_without_any_outcome_is_dropped(files):
+    table, _ = files
+    table.write_text(TABLE.replace("p2,s3.svs,20,1,", "p2,s3.svs,,,"))
+    with pytest.raises(ValueError, match=r"OS time is NaN for 1 rows of .*: 'p2'"):
+        read_cohort(table)
+    cohort = read_cohort(table, missing_outcome="drop")
+    assert cohort.unit_ids == ("p1", "p3")
+    assert cohort.event.tolist() == [True, True]
 
 
 def test_wrong_choices_name_the_nearest(files):

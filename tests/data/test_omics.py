@@ -93,6 +93,7 @@ def test_several_samples_of_a_case_are_averaged_and_noted(tmp_path, shared_data)
     rna = folder / "raw_rna_data" / "xena" / "coadread" / "rna_clean.csv"
     real = OmicsTable.from_survpath(rna, metadata=folder / "tcga_coadread.csv")
     assert "3 cases" in real.notes[0]
+    assert real.notes[1] == "2 cases without expression were left out"
     assert not real.values.index.has_duplicates
 
 

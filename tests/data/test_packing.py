@@ -299,6 +299,13 @@ def test_an_existing_store_is_not_replaced_unasked(tmp_path, folder):
     assert {path.name for path in tmp_path.iterdir()} == {"features", "out.h5"}
 
 
+def test_a_link_that_leads_nowhere_is_not_left_out(tmp_path, folder):
+    (folder / "away.pt").symlink_to(tmp_path / "gone.pt")
+    with pytest.raises(FileNotFoundError, match=r"away\.pt is a link to a file that is not there"):
+        pack(folder, tmp_path / "out.h5")
+    assert [path.name for path in tmp_path.iterdir()] == ["features"]
+
+
 def full_disk_after(monkeypatch, n_writes):
     original, calls = os.pwrite, []
 

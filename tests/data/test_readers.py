@@ -184,6 +184,14 @@ def test_pt_with_gradient_or_strides(tmp_path, values):
     np.testing.assert_array_equal(bag.features.numpy(), values)
 
 
+@pytest.mark.parametrize("shape", [(4,), (2, 4)])
+def test_eva_lists_of_patches(tmp_path, shape):
+    parts = [torch.full(shape, float(i)) for i in range(3)]
+    torch.save(parts, tmp_path / "s.pt")
+    bag = read_bag(tmp_path / "s.pt")
+    assert torch.equal(bag.features, torch.cat([part.reshape(-1, 4) for part in parts]))
+
+
 def test_npy(tmp_path, values):
     np.save(tmp_path / "s.npy", values.astype(np.float16))
     bag = read_bag(tmp_path / "s.npy")
@@ -296,6 +304,15 @@ def h5_with(**datasets):
     return write
 
 
+def h5_with_group(group, **datasets):
+    def write(path):
+        h5_with(**datasets)(path)
+        with h5py.File(path, "a") as file:
+            file.create_group(group)
+
+    return write
+
+
 def h5_attr(**attributes):
     def write(path):
         with h5py.File(path, "w") as file:
@@ -326,6 +343,7 @@ BAD = [
         h5_with(features=np.zeros((3, 4)), coords=np.zeros((2, 2))),
         r"coords has shape \(2, 2\) for 3 patches; it must be \(3, 2\)",
     ),
+    ("s.h5", h5_with_group("coords", features=np.zeros((3, 4))), "'coords' is a group"),
     ("s.h5", h5_attr(feat_type="slide"), "slide-level features"),
     ("s.h5", h5_attr(format="survfuse-bags"), "open it with survfuse.data.BagStore"),
     ("s.h5", lambda path: path.write_bytes(b"not hdf5 at all"), "is no HDF5 file"),
@@ -337,7 +355,8 @@ BAD = [
     ("s.npy", lambda path: np.save(path, np.array([{}])), "cannot be read as .npy"),
     ("s.npy", lambda path: path.write_bytes(b"garbage"), "cannot be read as .npy"),
     ("s.pt", lambda path: torch.save({"x": torch.zeros(2, 3)}, path), "a dictionary with x"),
-    ("s.pt", lambda path: torch.save([torch.zeros(2, 3)], path), "holds a list"),
+    ("s.pt", lambda path: torch.save([torch.zeros(2, 3), 1], path), "holds a list"),
+    ("s.pt", lambda path: torch.save([torch.zeros(2), torch.zeros(3)], path), "holds a list"),
     ("s.pt", lambda path: torch.save(torch.zeros(3, dtype=torch.int64), path), "one vector"),
     ("s.pt", lambda path: torch.save(torch.eye(3).to_sparse(), path), "layout torch.sparse_coo"),
     (

@@ -213,7 +213,7 @@ def test_control_bags_know_nothing_of_the_patients_and_say_so():
             patient_ids=tuple(f"p{i // 2}" for i in range(n)),
             time=time,
             event=np.ones(n, dtype=bool),
-            covariates=pd.DataFrame(index=range(n)),
+            covariates=pd.DataFrame(index=[f"u{i}" for i in range(n)]),
             modalities={"omics": TableModality(np.ones((n, 1)), ("a",))},
         )
 
@@ -224,6 +224,11 @@ def test_control_bags_know_nothing_of_the_patients_and_say_so():
     assert torch.equal(*bags)
     # slides of one patient are one slide
     assert early.modalities["control_slides"].groups[:4] == ((0,), (0,), (1,), (1,))
+    # nor are they the slides of the simulated cohort of the same seed
+    simulated, _, _ = simulate_cohort(n_patients=(10, 0, 0), seed=0)
+    control = with_control_bags(simulated).modalities["control_slides"].bags.features
+    own = simulated.modalities["slides"].bags.features
+    assert abs(torch.corrcoef(torch.stack([control[:5000, 0], own[:5000, 0]]))[0, 1]) < 0.1
     with pytest.raises(ValueError, match=r"has a modality 'control_slides' already"):
         with_control_bags(early)
 
@@ -237,5 +242,11 @@ def test_wrong_simulation_arguments():
         simulate_cohort(n_patients=(0, 1, 1))
     with pytest.raises(ValueError, match=r"n_patches is \(100, 50\)"):
         simulate_cohort(n_patches=(100, 50))
+    with pytest.raises(ValueError, match=r"n_patients is 50; it must be \(train, inner, test\)"):
+        simulate_cohort(n_patients=50)
+    with pytest.raises(ValueError, match=r"n_patches is 2000; it must be \(fewest, most\)"):
+        simulate_cohort(n_patches=2000)
+    with pytest.raises(ValueError, match=r"availability is 1; "):
+        simulate_cohort(availability=1)
     with pytest.raises(ValueError, match=r"width is 3; four patch types need at least 4"):
         simulate_cohort(n_patients=(2, 0, 0), width=3)

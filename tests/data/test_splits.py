@@ -108,6 +108,8 @@ def test_inner_validation_needs_twenty_events(slides):
     # 32 events train: a fifth of them is 6
     assert with_inner_validation(*args).validation.size == 0
     assert with_inner_validation(*args).train.tolist() == fold.train.tolist()
+    # half are more than twenty patients, and fewer events
+    assert with_inner_validation(*args, fraction=0.5).validation.size == 0
     inner = with_inner_validation(*args, fraction=0.65)
     moved = slides.iloc[inner.validation].drop_duplicates("patient")
     assert moved["event"].sum() == 21

@@ -354,6 +354,24 @@ def test_comparison_is_paired_and_holm_adjusted(tmp_path):
     assert first.pairs[1].adjusted_pvalue < better.adjusted_pvalue
 
 
+def test_a_comparison_of_few_events_says_so():
+    run = make_run("a")
+    assert not any("too few" in note for note in compare([run, make_run("b")], resamples=100).notes)
+    few = []
+    for name in ("a", "b"):
+        folds = []
+        for fold in run.folds:
+            event = fold.test.event & (fold.test.time.argsort().argsort() < 2)
+            folds.append(
+                dataclasses.replace(fold, test=dataclasses.replace(fold.test, event=event))
+            )
+        few.append(dataclasses.replace(run, model=name, folds=folds))
+    events = sum(int(fold.test.event.sum()) for fold in few[0].folds)
+    assert 0 < events < 10
+    notes = compare(few, resamples=100).notes
+    assert any(note.startswith(f"{events} patients with an event are fewer") for note in notes)
+
+
 def test_comparison_matches_units_by_name():
     run = make_run("first")
     folds = []

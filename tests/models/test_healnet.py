@@ -351,6 +351,27 @@ def test_wrong_inputs_are_refused() -> None:
         model({"plain": plain._replace(features=plain.features[:9])})
 
 
+def test_raw_inputs_are_named() -> None:
+    model, inputs = HEALNet(small()), all_inputs()
+    genes, plain, cells = inputs["genes"], inputs["plain"], inputs["cells"]
+    cases = [
+        (genes, "inputs is TableBatch; it must map names"),
+        ({"genes": genes.values}, r"inputs\['genes'\] is Tensor; a table must be a TableBatch"),
+        ({"genes": genes, "plain": plain.features}, r"inputs\['plain'\] is Tensor; a bag must be"),
+        ({"genes": genes._replace(present=[True] * 3)}, r"\.present is list; it must be a tensor"),
+        ({"genes": genes._replace(values=genes.values.numpy())}, r"\.values is ndarray; it must"),
+        ({"plain": plain._replace(features=[1.0])}, r"\.features is list; it must be a tensor"),
+        (
+            {"plain": plain._replace(ragged=[30, 0])},
+            r"\.ragged is list; it must be a survfuse\.Rag",
+        ),
+        ({"cells": cells._replace(edges=[[0], [1]])}, r"\.edges is list; it must be a tensor"),
+    ]
+    for wrong, message in cases:
+        with pytest.raises(TypeError, match=message):
+            model(wrong)
+
+
 def test_compiles_to_one_graph_for_all_sizes() -> None:
     """No graph break, and after the second shape neither bag lengths nor batch size recompile."""
     names = ("genes", "slide", "plain")

@@ -77,6 +77,12 @@ def test_wrong_modalities_are_refused(arguments: dict[str, object], message: str
         ({"absorb": True}, "absorb is True"),
         ({"attention_dropout": 1.0}, r"attention_dropout is 1\.0; it must be in \[0, 1\)"),
         ({"ff_dropout": -0.1}, "ff_dropout is -0.1"),
+        ({"attention_dropout": ".1"}, r"attention_dropout is '\.1'; it must be a number"),
+        ({"ff_dropout": None}, "ff_dropout is None; it must be a number"),
+        ({"temperature": "1"}, "temperature is '1'; it must be a number"),
+        ({"output_slope": "x"}, "output_slope is 'x'; it must be a number"),
+        ({"fourier": "no"}, "fourier is 'no'; it must be True or False"),
+        ({"backend": "natve"}, r"backend is 'natve'; it must be None or one of \('reference'"),
         ({"temperature": 0.0}, r"temperature is 0\.0; it must be greater than 0"),
         ({"fourier": False}, "fourier is False and modality 'panel'"),
     ],
@@ -95,5 +101,14 @@ def test_wrong_presets_are_refused() -> None:
         HEALNetConfig.from_preset("released", modalities=modalities, cohort="luad")
     with pytest.raises(ValueError, match="cohort is 'blca' with preset 'paper'"):
         HEALNetConfig.from_preset("paper", modalities=modalities, cohort="blca")
+    with pytest.raises(ValueError, match="must be 'released' with cohort='kirp'"):
+        HEALNetConfig.from_preset("released:kirp", modalities=modalities)
+    for wrong in (8, ("bag", 8, 1), "bag", {"kind": "bag", "channels": 8}):
+        with pytest.raises(ValueError, match=r"modality 's' is .*; it must be \(kind, channels\)"):
+            HEALNetConfig.from_preset("paper", modalities={"s": wrong})
+    with pytest.raises(ValueError, match=r"modalities is \['s'\]; it must map names"):
+        HEALNetConfig.from_preset("paper", modalities=["s"])
+    with pytest.raises(TypeError, match="config is dict; it must be a HEALNetConfig"):
+        HEALNet({"modalities": MODALITIES})
     with pytest.raises(ValueError, match="does not say how many spatial axes"):
         HEALNetConfig.from_preset("paper", modalities={"scan": ("array", 3)})
