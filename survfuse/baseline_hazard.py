@@ -19,7 +19,9 @@ class BaselineHazard(NamedTuple):
     def log_survival(self, risk: ArrayLike) -> NDArray[np.float64]:
         """Return log S(t | risk) = -H0(t) exp(risk) at every step, [n, U]."""
         values = np.asarray(risk, dtype=np.float64)
-        return -np.exp(self.log_cumulative[None, :] + values[:, None])
+        # a hazard past the largest number is infinite, and survival 0
+        with np.errstate(over="ignore"):
+            return -np.exp(self.log_cumulative[None, :] + values[:, None])
 
     def survival(self, risk: ArrayLike, times: ArrayLike) -> NDArray[np.float64]:
         """Return S(t | risk), [n, G].
@@ -35,7 +37,8 @@ class BaselineHazard(NamedTuple):
         step = np.searchsorted(self.times, grid, side="right")
         padded = np.concatenate([[-np.inf], self.log_cumulative])[step]
         values = np.asarray(risk, dtype=np.float64)
-        return np.exp(-np.exp(padded[None, :] + values[:, None]))
+        with np.errstate(over="ignore"):
+            return np.exp(-np.exp(padded[None, :] + values[:, None]))
 
 
 def breslow_baseline(risk: ArrayLike, *, time: ArrayLike, event: ArrayLike) -> BaselineHazard:

@@ -72,7 +72,7 @@ def coordinate_positions(coords: Tensor, ragged: Ragged) -> Tensor:
         coords: [T, 2] patch corners, in one unit per bag, such as level-0 pixels.
         ragged: the ranges of the bags.
     """
-    coords = coords.to(torch.float32).index_select(0, packed_rows(ragged))
+    coords = coords.index_select(0, packed_rows(ragged)).to(torch.float32)
     bag = torch.arange(ragged.n_bags, device=coords.device)
     bag = bag.repeat_interleave(ragged.lengths, output_size=ragged.total)[:, None].expand(-1, 2)
     bounds = coords.new_zeros(ragged.n_bags, 2)

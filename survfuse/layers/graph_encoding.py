@@ -13,7 +13,7 @@ _MAX_STATE = 1 << 24  # numbers held at a time: walkers of a few start nodes, on
 
 @torch.no_grad()
 def random_walk_encoding(
-    edges: Tensor, ragged: Ragged, *, n_rows: int, steps: int, dtype: torch.dtype = torch.float32
+    edges: Tensor, ragged: Ragged, *, steps: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Probability that a random walk is back at its node after 1 .. `steps` steps.
 
@@ -22,44 +22,46 @@ def random_walk_encoding(
 
     Args:
         edges: [2, E] int64, from row `edges[0]` to row `edges[1]` of the packed nodes; an
-            undirected edge is listed both ways.
+            undirected edge is listed both ways. Edges of other graphs are ignored.
         ragged: one range of nodes per graph; no edge leaves its graph. The same graph may appear
             more than once, overlapping different graphs may not.
-        n_rows: stored rows T.
         steps: number of steps K.
         dtype: of the result.
 
     Returns:
-        [T, K], zero on rows of no graph.
+        [total, K], packed in batch order.
 
     Cost:
         `K * E * max_length` operations: all graphs walk side by side, start node by start node.
+        Stored rows of other graphs cost nothing.
 
     Source:
         Dwivedi et al., "Graph neural networks with learnable structural and positional
         representations", ICLR 2022, equation 6.
     """
-    source, target = edges
-    encoding = torch.zeros(n_rows, steps, dtype=dtype, device=edges.device)
+    rows = packed_rows(ragged)
     if ragged.total == 0 or steps == 0:
-        return encoding
-    # a row of no graph gets a place that no walker starts from
-    place = torch.full((n_rows,), -1, dtype=torch.int64, device=edges.device)
-    place[packed_rows(ragged)] = index_in_bag(ragged)[0]
-    degree = torch.zeros(n_rows, dtype=dtype, device=edges.device)
-    degree.index_add_(0, source, torch.ones_like(source, dtype=dtype))
-    weight = degree.clamp(min=1).reciprocal()[source][:, None]
-    width = max(1, min(ragged.max_length, _MAX_STATE // max(n_rows, edges.shape[1], 1)))
+        return torch.zeros(ragged.total, steps, dtype=dtype, device=edges.device)
+    # the nodes of this batch, a graph that repeats once, are numbered anew
+    nodes, number = rows.unique(return_inverse=True)
+    source, target = torch.searchsorted(nodes, edges.contiguous()).clamp(max=nodes.shape[0] - 1)
+    taken = (nodes[source] == edges[0]).to(dtype)
+    place = torch.empty_like(nodes)
+    place[number] = index_in_bag(ragged)[0]
+    degree = nodes.new_zeros(nodes.shape, dtype=dtype).index_add_(0, source, taken)
+    weight = (taken / degree.clamp(min=1)[source])[:, None]
+    encoding = torch.zeros(nodes.shape[0], steps, dtype=dtype, device=edges.device)
+    width = max(1, min(ragged.max_length, _MAX_STATE // max(nodes.shape[0], edges.shape[1], 1)))
     for first in range(0, ragged.max_length, width):
         column = place - first
         own = (column >= 0) & (column < width)
         column = column.clamp(0, width - 1)[:, None]
         # reach[i, c]: probability of being at the c-th start node, k steps after leaving node i
-        reach = torch.zeros(n_rows, width, dtype=dtype, device=edges.device)
+        reach = torch.zeros(nodes.shape[0], width, dtype=dtype, device=edges.device)
         reach.scatter_(1, column, own[:, None].to(dtype))
         for step in range(steps):
             moved = weight * reach.index_select(0, target)
             reach = torch.zeros_like(reach).index_add_(0, source, moved)
             back = reach.gather(1, column)[:, 0]
             encoding[:, step] = torch.where(own, back, encoding[:, step])
-    return encoding
+    return encoding[number]

@@ -130,8 +130,8 @@ class HEALNet(nn.Module):
             By modality, first dimension the fusion layer: [depth, total] for bags and graphs,
             packed in batch order; [depth, B, *axes] for arrays; [depth, B, F] for a table of
             features, [depth, B] for a table of one token (always 1). Each sample's weights sum to
-            1 in every layer, and are 0 where it lacks the modality. A modality absent from the
-            whole batch is left out.
+            1 in every layer, and are 0 where it lacks the modality. A modality that `inputs` does
+            not hold, and bags or graphs without any row, are left out.
         """
         with _evaluating(self):
             tokens, n_samples = encode_inputs(inputs, self.config)
@@ -188,7 +188,9 @@ class HEALNet(nn.Module):
             batch = inputs[name]._replace(values=values)
             total = score(self({**inputs, name: batch}).logits).sum()
             (gradient,) = torch.autograd.grad(total, values)
-        return gradient * values.detach()
+        # by selection: a sample without the table may hold anything in it
+        present = inputs[name].present[:, None]
+        return torch.where(present, gradient * values.detach(), 0.0)
 
     @classmethod
     def from_released(
@@ -346,10 +348,12 @@ class FusionLayer(nn.Module):
             update, found = attention.with_weights(latents, tokens.features, tokens.ragged)
         if weights is not None:
             found = update.new_ones(tokens.shape) if found is None else found.view(tokens.shape)
-            if dense:
-                present = tokens.present.view(-1, *[1] * (found.dim() - 1))
-                found = torch.where(present, found, 0.0)
-            weights.append(found)
+            present = tokens.present
+            if not dense:
+                lengths, total = tokens.ragged.lengths, tokens.ragged.total
+                present = present.repeat_interleave(lengths, output_size=total)
+            present = present.view(-1, *[1] * (found.dim() - 1))
+            weights.append(torch.where(present, found, 0.0))
         return update
 
     def _latent_blocks(self, latents: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from survfuse.layers.fourier import (
     fourier_encode,
     grid_positions,
     index_positions,
-    packed_rows,
 )
 from survfuse.layers.graph_encoding import random_walk_encoding
 from survfuse.models.healnet_config import HEALNetConfig, ModalityConfig
@@ -141,8 +140,24 @@ def _encode_bag(batch: BagBatch, modality: ModalityConfig, config: HEALNetConfig
             positions = index_positions(ragged, dtype=_position_type(features))
         else:
             positions = coordinate_positions(batch.coords, ragged)
+            _check_positions(positions, ragged, present)
         features, ragged = append_channels(features, ragged, _encode(positions, config))
     return Tokens(features, ragged, present, (ragged.total,))
+
+
+def _check_positions(positions: Tensor, ragged: Ragged, present: Tensor) -> None:
+    """A slide without coordinates beside others that have them carries NaN."""
+    if positions.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if bool(positions.isnan().any()):
+        unknown = positions.isnan().any(-1)
+        bag = torch.arange(ragged.n_bags).repeat_interleave(ragged.lengths)
+        samples = sorted(set(bag[unknown & present[bag]].tolist()))
+        if samples:
+            raise ValueError(
+                f"coords of sample {samples[0]} of the batch are NaN: its slide was read without "
+                "coordinates, and axes=2 encodes them; leave the slide out or set axes to 0"
+            )
 
 
 def _encode_graph(
@@ -154,13 +169,8 @@ def _encode_graph(
     present = batch.present & (ragged.lengths > 0)
     if modality.walk_steps:
         walks = random_walk_encoding(
-            batch.edges,
-            ragged,
-            n_rows=features.shape[0],
-            steps=modality.walk_steps,
-            dtype=_position_type(features),
+            batch.edges, ragged, steps=modality.walk_steps, dtype=_position_type(features)
         )
-        walks = walks.index_select(0, packed_rows(ragged))
         features, ragged = append_channels(features, ragged, walks)
     return Tokens(features, ragged, present, (ragged.total,))
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from survfuse.batch import ArrayBatch, BagBatch, GraphBatch, Modality, ModelOutput, TableBatch
 from survfuse.ops import pool_bag
+from survfuse.pooling import accumulation_type
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class MeanPool(nn.Module):
         for name, branch in zip(self.names, self.branches):
             if name not in inputs:
                 raise KeyError(f"inputs lacks the modality {name!r}; it has {list(inputs)}")
-            embedded = branch(_mean(inputs[name]))
+            embedded = branch(_mean(inputs[name]).to(self.bias.dtype))
             # selected, not multiplied: an absent sample may hold anything
             embeddings[name] = torch.where(inputs[name].present[:, None], embedded, 0.0)
         joint = sum(embeddings.values()) + self.bias
@@ -111,6 +112,7 @@ def _mean(batch: Modality) -> Tensor:
     if isinstance(batch, (BagBatch, GraphBatch)):
         # a zero query gives every patch the same weight
         features = batch.features
-        rows = torch.zeros(batch.present.shape[0], 1, features.shape[1], device=features.device)
+        shape = batch.present.shape[0], 1, features.shape[1]
+        rows = features.new_zeros(shape, dtype=accumulation_type(features.dtype))
         return pool_bag(rows, features, ragged=batch.ragged).pooled[:, 0]
     raise TypeError(f"no modality of type {type(batch).__name__} is known")

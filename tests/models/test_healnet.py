@@ -214,6 +214,10 @@ def test_attention_maps_are_weights(changes: dict[str, object]) -> None:
                 torch.testing.assert_close(part.sum(1), ones)
     torch.testing.assert_close(maps["scan"].sum((2, 3)), ones[:, None] * torch.tensor([0.0, 1, 1]))
     torch.testing.assert_close(maps["panel"].sum(2), ones[:, None].expand(-1, 3))
+    # rows of a bag that `present` denies
+    denied = inputs["plain"]._replace(present=torch.tensor([True, False, True]))
+    shares = model.attention_maps({**inputs, "plain": denied})["plain"].split(LENGTHS, dim=1)
+    assert [float(part.sum()) for part in shares] == pytest.approx([depth, 0.0, depth])
     del inputs["plain"]
     assert "plain" not in model.attention_maps(inputs)
 
@@ -254,6 +258,11 @@ def test_effect_of_withholding_and_gradient_importance() -> None:
         importance[:, 2], slope.detach() * values[:, 2], rtol=0.05, atol=2e-3
     )
     assert all(parameter.grad is None for parameter in model.parameters())
+    absent = without(inputs, "genes", [1])
+    absent["genes"].values[1] = torch.nan
+    lacking = model.gradient_importance(absent, "genes", score=score)
+    assert lacking[1].eq(0).all()
+    assert lacking.isfinite().all()
     with pytest.raises(ValueError, match=r"one of the tables in inputs: \['genes', 'panel'\]"):
         model.gradient_importance(inputs, "slide", score=score)
 
@@ -349,6 +358,17 @@ def test_wrong_inputs_are_refused() -> None:
         model({"genes": genes, "plain": bag(8, [2, 2])})
     with pytest.raises(ValueError, match="ragged: bag 2 is rows 7 to 11"):
         model({"plain": plain._replace(features=plain.features[:9])})
+
+
+def test_coordinates_a_slide_does_not_have_are_refused() -> None:
+    config = replace(small(depth=1), modalities={"slide": ModalityConfig("bag", 8, axes=2)})
+    model, batch = HEALNet(config), bag(8)
+    coords = torch.rand(11, 2)
+    coords[6:7] = torch.nan
+    with pytest.raises(ValueError, match="coords of sample 1 of the batch are NaN"):
+        model({"slide": batch._replace(coords=coords)})
+    absent = batch._replace(coords=coords, present=torch.tensor([True, False, True]))
+    assert model({"slide": absent}).logits.isfinite().all()
 
 
 def test_raw_inputs_are_named() -> None:

@@ -69,3 +69,15 @@ def test_errors_name_what_is_wrong() -> None:
         model()({"rna": TableBatch(torch.zeros(1, 3), torch.ones(1, dtype=torch.bool))})
     with pytest.raises(TypeError, match="no modality of type tuple"):
         model()({"rna": (), "slides": ()})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_bags_of_other_types(dtype: torch.dtype) -> None:
+    slides = bag([4, 3])
+    rna = TableBatch(torch.randn(2, 3), torch.tensor([True, True]))
+    narrow = slides._replace(features=slides.features.to(dtype))
+    logits = model()({"rna": rna, "slides": narrow}).logits
+    assert logits.dtype == torch.float32
+    net = model().double()
+    wide = {"rna": rna._replace(values=rna.values.double()), "slides": narrow}
+    assert net(wide).logits.dtype == torch.float64
