@@ -13,6 +13,8 @@ import typer
 
 from survfuse.cli.show import Display, print_result
 
+# of the bag of the kernel measurement; simulated slides have no fewer
+FEWEST_PATCHES = 1024
 # configs/demo.yaml says the same; a test keeps them equal
 CONFIG: dict[str, Any] = {
     "title": "HEALNet",
@@ -73,14 +75,22 @@ def demo_command(
     from survfuse.training.run_folder import RunFolder
 
     began = time.monotonic()
+    fewest = FEWEST_PATCHES * (10 if small else 1)
+    if patches < fewest:
+        raise ValueError(f"--patches is {patches}; it must be at least {fewest}")
     config = parse_config(demo_config(small=small))
-    with Display() as display:
-        # called again, it goes on where it stopped
-        result = fit(config, out, resume=RunFolder(out).exists, progress=display)
-    print_result(result)
-    if small:
-        patches //= 10
-    print_kernels(patches)
+    try:
+        with Display() as display:
+            # called again, it goes on where it stopped
+            result = fit(config, out, resume=RunFolder(out).exists, progress=display)
+        print_result(result)
+        print_kernels(patches // 10 if small else patches)
+    except KeyboardInterrupt:
+        said = "the same command goes on from here"
+        if not RunFolder(out).exists:
+            said = "nothing was trained yet"
+        print(f"\nstopped; {said}", file=sys.stderr)
+        raise typer.Exit(130) from None
     print(f"figures are in {out / 'figures'}; {time.monotonic() - began:.0f} s in all")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from survfuse.cli import BAD_INPUT, complain, describe, exit_code
+from survfuse.cli import BAD_INPUT, INTERRUPTED, complain, describe, exit_code
 from survfuse.data.slides import SlideError, encode_slide
 
 
@@ -68,6 +69,11 @@ def encode_command(
                 slide_mpp=slide_mpp,
                 min_tissue=min_tissue,
             )
+        except KeyboardInterrupt:
+            # with --overwrite it begins anew
+            said = "" if overwrite else "; the same command goes on from here"
+            print(f"\nstopped{said}", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
         except (OSError, SlideError) as error:
             if exit_code(error) != BAD_INPUT:
                 # a full disk fails every slide to come

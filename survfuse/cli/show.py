@@ -141,13 +141,13 @@ def print_plan(config: TrainConfig) -> None:
     """What a configuration would run: cohort, folds, events, leaks."""
     import numpy as np
 
-    from survfuse.training.folds import plan_folds
     from survfuse.training.model import NEURAL, build_model
     from survfuse.training.protocols import leaks, quirks
-    from survfuse.training.run_folds import prepare
+    from survfuse.training.run import plan_run
     from survfuse.training.sources import load_cohort
 
     loaded = load_cohort(config)
+    run = plan_run(config, loaded)
     cohort = loaded.cohort
     about = cohort.summary()
     out = sys.stdout
@@ -162,19 +162,17 @@ def print_plan(config: TrainConfig) -> None:
             f"present in {modality['present']} rows",
             file=out,
         )
-    plans = plan_folds(config, cohort, loaded.split)
-    print(f"protocol {config.protocol.name}: {len(plans)} models", file=out)
-    for plan in plans:
+    print(f"protocol {config.protocol.name}: {len(run.folds)} models", file=out)
+    for plan in run.folds:
         parts = (
             f"{name} {len(rows)} ({int(np.asarray(cohort.event)[rows].sum())} events)"
             for name, rows in zip(("train", "validation", "test"), plan.split)
         )
         print(f"  seed {plan.seed} fold {plan.fold}: {', '.join(parts)}", file=out)
-    prepared = prepare(config, cohort, plans[0].split)
-    edges = ", ".join(f"{edge:.1f}" for edge in prepared.edges[1:-1])
+    edges = ", ".join(f"{edge:.1f}" for edge in run.first.edges[1:-1])
     print(f"time bins of the first model end at {edges} months", file=out)
     if config.model.name in NEURAL:
-        model = build_model(config, prepared)
+        model = build_model(config, run.first)
         n_parameters = sum(parameter.numel() for parameter in model.parameters())
         print(f"model {config.model.name}: {n_parameters:,} parameters", file=out)
     for sentence in leaks(config):

@@ -43,8 +43,8 @@ def train_command(
         survfuse train configs/demo.yaml --out runs/demo
 
     \b
-    The same with other values, without touching the file:
-        survfuse train configs/demo.yaml -o runs/small -s training.epochs=3 -s model.name=mean_pool
+    The same with another value, without touching the file:
+        survfuse train configs/demo.yaml -o runs/nll -s loss.name=nll
 
     \b
     Look before a long run: cohort, folds, events, what the protocol leaks:
@@ -60,6 +60,7 @@ def train_command(
     from survfuse.training.config_files import ConfigError, load_config
     from survfuse.training.run import fit
     from survfuse.training.run import resume as resume_run
+    from survfuse.training.run_folder import RunFolder
 
     _interrupt_on_termination()
     folder = resume
@@ -82,11 +83,13 @@ def train_command(
             else:
                 result = fit(run, folder, progress=display)
     except KeyboardInterrupt:
-        print(
-            f"\nstopped; what was trained is in {folder}. Go on with:\n"
-            f"  survfuse train --resume {folder}",
-            file=sys.stderr,
-        )
+        if RunFolder(folder).exists:
+            said = (
+                f"what was trained is in {folder}. Go on with:\n  survfuse train --resume {folder}"
+            )
+        else:
+            said = "nothing was trained yet"
+        print(f"\nstopped; {said}", file=sys.stderr)
         raise typer.Exit(130) from None
     print_result(result)
 

@@ -106,11 +106,17 @@ def evaluate(
         resamples, level, seed, minimum_events: of the intervals, see `concordance_interval`.
 
     Raises:
+        TypeError: `predictions` is something else.
         ValueError: a setting is not valid, or no fold holds a comparable pair of patients.
         ImportError: scipy is not installed.
 
     Cost: about 0.1 s for 400 patients and 2000 resamples.
     """
+    if not isinstance(predictions, Predictions):
+        raise TypeError(
+            f"predictions is {predictions!r}; it must be Predictions: Predictions.load(folder) "
+            "reads those of a run"
+        )
     check_settings(resamples, level)
     settings: dict[str, Any] = {
         "resamples": resamples,

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 # read by pydantic when a YAML file is checked: a key that is not a field is an error
 _STRICT = {"extra": "forbid"}
+# what evaluation.baselines may name, besides only:<modality>
+BASELINES = ("clinical_cox", "elastic_net_cox", "mean_pool")
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ class ProtocolConfig:
         rows: what a row of the cohort is: "patients" or "slides".
         split: "given" by the source; "published" files; "patients" or "sites", our own folds;
             "rows", a random 70/15/15 split for every seed that ignores who a row belongs to.
+        mismatch: where published files and the cohort do not name the same cases: "error", or
+            "drop" those that only one of them names. Endpoints some cases lack need "drop".
         n_folds: folds of "patients" and "sites".
         fold_seed: draws those folds.
         bins: rows whose event times set the edges of the time bins: "train", or "all" (the files of
@@ -107,6 +111,7 @@ class ProtocolConfig:
     name: Literal["honest", "healnet", "mcat", "survpath"] = "honest"
     rows: Literal["patients", "slides"] = "patients"
     split: Literal["given", "published", "patients", "sites", "rows"] = "given"
+    mismatch: Literal["error", "drop"] = "error"
     n_folds: int = 5
     fold_seed: int = 0
     bins: Literal["train", "all"] = "train"
@@ -207,7 +212,8 @@ class TrainingConfig:
         metric: what early stopping watches on the validation rows.
         seeds: one whole run (every fold) per seed.
         device: "auto" takes CUDA where there is one.
-        threads: CPU threads; None takes torch's own number. Small models are fastest with one.
+        threads: CPU threads; None takes torch's own number. Small models gain
+            nothing from more than one, and lose much on a busy machine.
         checkpoint_steps: also save a checkpoint every so many optimiser steps; None saves after
             every epoch only.
     """
@@ -265,7 +271,17 @@ class TrainConfig:
     notes: str = ""
 
     def __post_init__(self) -> None:
+        from survfuse.training.config_checks import check
+
         check(self)
+
+    @property
+    def label(self) -> str:
+        """The run in tables: its title, and the model where the title begins with another."""
+        name = self.model.name
+        if not self.title or self.title.lower().startswith((name, "only:")):
+            return self.title or name
+        return f"{self.title} ({name})"
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionaries and lists, ready for YAML or JSON."""
@@ -278,97 +294,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value
-
-
-def check(config: TrainConfig) -> None:
-    """Raise on values that no single field's type can rule out.
-
-    Raises:
-        ValueError: names the field by its dotted path, what it was and what it must be.
-    """
-    _check_numbers(config)
-    data, protocol, model = config.data, config.protocol, config.model
-    if data.source in ("tcga_omics", "survpath") and not data.cohort:
-        raise ValueError(
-            f"data.cohort is not set; data.source {data.source} needs one, for example kirp"
-        )
-    if protocol.split == "rows" and protocol.validation == "inner":
-        raise ValueError(
-            'protocol.validation is "inner" with protocol.split "rows"; '
-            'a random row split brings its own validation rows: use "split", "test" or "none"'
-        )
-    if config.loss.name == "cox" and config.loss.class_weights != "none":
-        raise ValueError(
-            f'loss.class_weights is "{config.loss.class_weights}"; '
-            'the Cox loss has no time bins, so it must be "none"'
-        )
-    if config.loss.name == "cox" and config.training.batch_size < 2 and model.name == "healnet":
-        raise ValueError(
-            "training.batch_size is 1; the Cox loss compares patients of one batch, "
-            "so it must be at least 2 (or use loss.name nll)"
-        )
-    for name in config.evaluation.baselines:
-        if name not in BASELINES and not name.startswith("only:"):
-            raise ValueError(
-                f'evaluation.baselines holds "{name}"; '
-                f"it must be one of {', '.join(BASELINES)} or only:<modality>"
-            )
-    if not config.training.seeds:
-        raise ValueError("training.seeds is empty; it must hold at least one integer")
-    if len(set(config.training.seeds)) != len(config.training.seeds):
-        raise ValueError(f"training.seeds is {list(config.training.seeds)}; seeds must differ")
-
-
-BASELINES = ("clinical_cox", "elastic_net_cox", "mean_pool")
-
-
-def _check_numbers(config: TrainConfig) -> None:
-    loss, training, simulation = config.loss, config.training, config.data.simulation
-    at_least = [
-        ("protocol.n_folds", config.protocol.n_folds, 2),
-        ("protocol.n_bins", config.protocol.n_bins, 2),
-        ("protocol.min_inner_events", config.protocol.min_inner_events, 1),
-        ("training.epochs", training.epochs, 1),
-        ("training.batch_size", training.batch_size, 1),
-        ("training.accumulate", training.accumulate, 1),
-        ("training.patience", training.patience, 1),
-        ("training.threads", training.threads, 1),
-        ("training.checkpoint_steps", training.checkpoint_steps, 1),
-        ("schedule.warmup_steps", config.schedule.warmup_steps, 0),
-        ("optimizer.weight_decay", config.optimizer.weight_decay, 0.0),
-        ("loss.l1", loss.l1, 0.0),
-        ("evaluation.bootstrap", config.evaluation.bootstrap, 1),
-        ("data.simulation.n_train", simulation.n_train, 1),
-        ("data.simulation.n_inner", simulation.n_inner, 0),
-        ("data.simulation.n_test", simulation.n_test, 1),
-        ("data.simulation.width", simulation.width, 4),
-        ("data.simulation.min_patches", simulation.min_patches, 1024),
-        ("data.simulation.max_patches", simulation.max_patches, 1024),
-    ]
-    for path, value, low in at_least:
-        if value is not None and not value >= low:
-            raise ValueError(f"{path} is {value}; it must be at least {low}")
-    positive = [
-        ("optimizer.lr", config.optimizer.lr),
-        ("schedule.max_lr", config.schedule.max_lr),
-        ("loss.survival_divisor", loss.survival_divisor),
-        ("training.clip_norm", training.clip_norm),
-        ("protocol.clip", config.protocol.clip),
-    ]
-    for path, value in positive:
-        if value is not None and not value > 0:
-            raise ValueError(f"{path} is {value}; it must be above 0")
-    if not 0 <= loss.alpha <= 1:
-        raise ValueError(f"loss.alpha is {loss.alpha}; it must be in [0, 1]")
-    if not 0 < config.protocol.inner_fraction < 1:
-        raise ValueError(
-            f"protocol.inner_fraction is {config.protocol.inner_fraction}; it must be in (0, 1)"
-        )
-    if not 0 < config.evaluation.level < 1:
-        raise ValueError(f"evaluation.level is {config.evaluation.level}; it must be in (0, 1)")
-    shares = (simulation.complete, simulation.omics_only, simulation.slide_only)
-    if min(shares) < 0 or abs(sum(shares) - 1) > 1e-9:
-        raise ValueError(
-            f"data.simulation.complete, omics_only and slide_only are {shares}; "
-            "they must be at least 0 and sum to 1"
-        )

@@ -68,15 +68,18 @@ def load_config(
         config = parse_config(values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    return _absolute(config, path.resolve().parent)
+    return absolute_paths(config, path.resolve().parent)
 
 
 def parse_config(values: dict[str, Any]) -> TrainConfig:
     """A checked configuration from nested dictionaries, the protocol's preset filled in.
 
     Raises:
+        TypeError: `values` is no dictionary.
         ConfigError: a key or value is wrong; every problem found is listed.
     """
+    if not isinstance(values, dict):
+        raise TypeError(f"values is {values!r}; it must be a dict (load_config reads a file)")
     try:
         return from_plain(TrainConfig, fill_in(values))
     except ConfigError:
@@ -110,10 +113,14 @@ def from_plain(kind: type, values: dict[str, Any], *, prefix: str = "") -> Any:
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
 
 
-def dump_config(config: TrainConfig, path: str | os.PathLike[str]) -> None:
-    """Write the resolved configuration as YAML, atomically."""
+def dump_config(
+    config: TrainConfig, path: str | os.PathLike[str], *, comment: str | None = None
+) -> None:
+    """Write the resolved configuration as YAML, atomically, below one line of comment."""
     yaml = require("yaml", extra="train")
     text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True, width=100)
+    if comment:
+        text = f"# {comment}\n{text}"
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -198,7 +205,8 @@ def _section(values: dict[str, Any], key: str, where: str) -> dict[str, Any]:
     return inner
 
 
-def _absolute(config: TrainConfig, base: Path) -> TrainConfig:
+def absolute_paths(config: TrainConfig, base: Path) -> TrainConfig:
+    """The configuration with the paths of its data taken from `base`."""
     changes = {}
     for name in ("folder", "bags"):
         value = getattr(config.data, name)

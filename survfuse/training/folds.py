@@ -65,7 +65,14 @@ def _folds(config: TrainConfig, cohort: Cohort, given: Split | None) -> list[Spl
             )
         return [given]
     if protocol.split == "published":
-        return [fold.rows(cohort.patient_ids) for fold in read_splits(published_folder(config))]
+        folds = read_splits(published_folder(config))
+        try:
+            return [fold.rows(cohort.patient_ids, mismatch=protocol.mismatch) for fold in folds]
+        except ValueError as error:
+            if protocol.mismatch == "drop":
+                raise
+            # the only thing that can be wrong here; its message names the argument in Python
+            raise ValueError(f"{error}; in a configuration: protocol.mismatch: drop") from None
     if protocol.split == "sites":
         if "site" not in cohort.covariates.columns:
             raise ValueError('protocol.split is "sites", but the cohort has no covariate site')

@@ -73,6 +73,19 @@ def fit_cox(
     }
 
 
+def check_linear(config: TrainConfig, prepared: PreparedCohort) -> None:
+    """Raise unless a Cox baseline has its columns, and settings that are arguments of it.
+
+    Raises:
+        ConfigError: says what is missing or wrong.
+    """
+    check_settings(config.model.settings)
+    if config.model.name == "clinical_cox":
+        _clinical_names(prepared.cohort)
+    elif not any(kind == "table" for kind, _ in prepared.channels().values()):
+        raise ConfigError("model.name is elastic_net_cox, but the cohort has no table")
+
+
 def check_settings(settings: dict[str, Any]) -> None:
     """Raise unless `settings` are arguments of a Cox regression.
 
@@ -99,12 +112,7 @@ def _make(settings: dict[str, Any], seed: int) -> CoxRegression:
 
 def _clinical(cohort: Cohort, train: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """Age and sex; unknown values become the training mean."""
-    names = [name for name in CLINICAL if name in cohort.covariates.columns]
-    if not names:
-        raise ConfigError(
-            "model.name is clinical_cox, but the cohort has neither of the covariates "
-            f"{' and '.join(CLINICAL)}"
-        )
+    names = _clinical_names(cohort)
     values = cohort.covariate_matrix(names)
     with warnings.catch_warnings():
         # a column unknown in every training row has no mean; it becomes 0 below
@@ -118,6 +126,16 @@ def _clinical(cohort: Cohort, train: np.ndarray) -> tuple[np.ndarray, list[str]]
     return filled[:, varies], [name for name, keep in zip(names, varies) if keep]
 
 
+def _clinical_names(cohort: Cohort) -> list[str]:
+    names = [name for name in CLINICAL if name in cohort.covariates.columns]
+    if not names:
+        raise ConfigError(
+            "model.name is clinical_cox, but the cohort has neither of the covariates "
+            f"{' and '.join(CLINICAL)}"
+        )
+    return names
+
+
 def _columns(prepared: PreparedCohort) -> tuple[np.ndarray, list[str]]:
     """Every table column as the models see it; rows of an absent table are at the mean, 0."""
     parts, names = [], []
@@ -125,6 +143,4 @@ def _columns(prepared: PreparedCohort) -> tuple[np.ndarray, list[str]]:
         if kind == "table":
             parts.append(prepared.table(name).values.numpy().astype(np.float64))
             names += list(prepared.features(name))
-    if not parts:
-        raise ConfigError("model.name is elastic_net_cox, but the cohort has no table")
     return np.concatenate(parts, axis=1), names

@@ -214,7 +214,10 @@ def _end_of_epoch(state: _LoopState) -> dict[str, Any]:
         "train_c_index": _c_index(risks, task.prepared, order),
     }
     if len(task.validation):
-        logits = predict_logits(task.model, task.prepared, task.validation, config, task.device)
+        try:
+            logits = predict_logits(task.model, task.prepared, task.validation, config, task.device)
+        except TrainingError as error:
+            raise TrainingError(f"{_where(task)}, epoch {progress.epoch}: {error}") from None
         batch = _outcomes(task.prepared, task.validation)
         weights = None if state.class_weights is None else state.class_weights.cpu()
         record["validation_loss"] = float(survival_loss(logits, batch, config, weights))
@@ -259,7 +262,11 @@ def predict_logits(
     config: TrainConfig,
     device: torch.device,
 ) -> Tensor:
-    """Logits [n, out] of `rows` in evaluation mode, on the CPU. Draws no random number."""
+    """Logits [n, out] of `rows` in evaluation mode, on the CPU. Draws no random number.
+
+    Raises:
+        TrainingError: a logit is NaN or infinite, as after a last step that went too far.
+    """
     was_training = model.training
     model.eval()
     parts = []
@@ -267,7 +274,15 @@ def predict_logits(
         logits, _ = forward(model, prepared.batch(chunk, device=device), config, device)
         parts.append(logits.cpu())
     model.train(was_training)
-    return torch.cat(parts)
+    logits = torch.cat(parts)
+    wrong = ~logits.isfinite().all(-1)
+    if bool(wrong.any()):
+        row = int(rows[int(wrong.nonzero()[0])])
+        raise TrainingError(
+            f"the logits of patient {prepared.cohort.patient_ids[row]} are NaN or infinite; look "
+            "for NaN or very large numbers in the features, or lower optimizer.lr"
+        )
+    return logits
 
 
 def _class_weights(task: FoldTask) -> Tensor | None:
@@ -300,20 +315,25 @@ def _c_index(risk: np.ndarray, prepared: PreparedCohort, rows: np.ndarray) -> fl
     """Harrell's C; NaN where no pair is comparable."""
     time = np.asarray(prepared.cohort.time)[rows]
     event = np.asarray(prepared.cohort.event)[rows]
-    if not event.any():
+    # a pair needs somebody who was followed beyond an event
+    if not event.any() or not (time > time[event].min()).any():
         return float("nan")
     return float(concordance_index(risk, time=time, event=event))
 
 
+def _where(task: FoldTask) -> str:
+    return ", ".join(f"{name} {number}" for name, number in task.labels.items())
+
+
 def _not_finite(state: _LoopState, rows: np.ndarray, value: float) -> TrainingError:
     task, progress = state.task, state.progress
-    where = ", ".join(f"{name} {number}" for name, number in task.labels.items())
     patients = [str(task.prepared.cohort.patient_ids[row]) for row in rows]
     shown = ", ".join(patients[:8]) + (
         f" and {len(patients) - 8} more" if len(patients) > 8 else ""
     )
     return TrainingError(
-        f"the loss is {value} at {where}, epoch {progress.epoch}, batch {progress.batch + 1} of "
-        f"{state.n_batches}; patients of the batch: {shown}. Look for NaN or very large numbers in "
-        "their features, or lower optimizer.lr; the last checkpoint holds the weights before"
+        f"the loss is {value} at {_where(task)}, epoch {progress.epoch}, batch "
+        f"{progress.batch + 1} of {state.n_batches}; patients of the batch: {shown}. Look for NaN "
+        "or very large numbers in their features, or lower optimizer.lr; the last checkpoint holds "
+        "the weights before"
     )

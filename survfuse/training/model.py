@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from survfuse.data.names import unknown_name
 from survfuse.training.config import TrainConfig
 from survfuse.training.config_files import ConfigError, from_plain
-from survfuse.training.linear import check_settings
+from survfuse.training.linear import check_linear
 
 if TYPE_CHECKING:
     from survfuse.data.cohort import PreparedCohort
@@ -30,11 +32,10 @@ def build_model(config: TrainConfig, prepared: PreparedCohort) -> torch.nn.Modul
         ConfigError: a setting of the model is wrong.
     """
     out_dims = 1 if config.loss.name == "cox" else prepared.n_bins
-    channels = prepared.channels()
     try:
         if config.model.name == "healnet":
-            return _healnet(config, channels, out_dims)
-        return _mean_pool(config, channels, out_dims)
+            return _healnet(config, prepared, out_dims)
+        return _mean_pool(config, prepared.channels(), out_dims)
     except ConfigError:
         raise
     except ValueError as error:
@@ -50,16 +51,20 @@ def check_model(config: TrainConfig, prepared: PreparedCohort) -> None:
     if config.model.name in NEURAL:
         build_model(config, prepared)
     else:
-        check_settings(config.model.settings)
+        check_linear(config, prepared)
 
 
-def _healnet(
-    config: TrainConfig, channels: dict[str, tuple[str, int]], out_dims: int
-) -> torch.nn.Module:
+def _healnet(config: TrainConfig, prepared: PreparedCohort, out_dims: int) -> torch.nn.Module:
     from survfuse.models.healnet import HEALNet
-    from survfuse.models.healnet_config import HEALNetConfig
+    from survfuse.models.healnet_config import HEALNetConfig, ModalityConfig
 
-    name, _, cohort = (config.model.preset or "paper").partition(":")
+    channels = prepared.channels()
+    name, _, cohort = (config.model.preset or "paper").lower().partition(":")
+    for key, (kind, width) in channels.items():
+        if kind == "array":
+            # how many axes it has is in the data, not in its channels
+            axes = prepared.cohort.modality(key).values.dim() - 2
+            channels[key] = ModalityConfig("array", width, axes=axes)
     preset = HEALNetConfig.from_preset(
         name, modalities=channels, cohort=cohort or None, out_dims=out_dims
     )
@@ -96,8 +101,29 @@ def _modality_settings(preset: Any, given: Any) -> dict[str, dict[str, Any]]:
                     f"model.settings.modalities.{name}.{fixed} cannot be set; it follows from the "
                     "data"
                 )
+        unknown = [field for field in fields if field not in merged[name]]
+        if unknown:
+            path = f"model.settings.modalities.{name}"
+            raise ConfigError(
+                f"{path}.{unknown[0]} is not a setting; "
+                f"{unknown_name('setting', unknown[0], merged[name])}"
+            )
         merged[name].update(fields)
     return merged
+
+
+def check_modality_names(config: TrainConfig, known: Iterable[str]) -> None:
+    """Raise if the model's settings name a modality that the data do not have.
+
+    Raises:
+        ConfigError: names it and the nearest there is.
+    """
+    given = config.model.settings.get("modalities")
+    for name in given if isinstance(given, dict) else ():
+        if name not in known:
+            raise ConfigError(
+                f"model.settings.modalities.{name}: {unknown_name('modality', name, known)}"
+            )
 
 
 def _mean_pool(

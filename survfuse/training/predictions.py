@@ -66,7 +66,7 @@ def make_predictions(config: TrainConfig, folds: Sequence[FoldPredictions]) -> P
     """Folds as evaluation reads them, with what the protocol leaks."""
     head = "nll" if config.model.name in NEURAL and config.loss.name == "nll" else "cox"
     return Predictions(
-        model=config.title or config.model.name,
+        model=config.label,
         head=head,
         protocol=config.protocol.name,
         folds=folds,
@@ -101,11 +101,15 @@ def predict(
         time, event, risk and the logits.
 
     Raises:
+        TypeError: `cohort` is no cohort.
         RunFolderError: the run is not finished or has no weights.
         ValueError: the cohort lacks a column that the models need.
     """
     pd = require("pandas", extra="train")
-    from survfuse.data.cohort import PreparedCohort
+    from survfuse.data.cohort import Cohort, PreparedCohort
+
+    if not isinstance(cohort, Cohort):
+        raise TypeError(f"cohort is {cohort!r}; it must be a survfuse.data.Cohort")
 
     run = RunFolder(folder)
     if not run.exists:

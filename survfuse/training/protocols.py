@@ -105,7 +105,11 @@ def leaks(config: TrainConfig) -> list[str]:
     if protocol.bins == "all":
         found.append("the edges of the time bins are fitted on all rows, test rows included")
     if protocol.fill == "all":
-        found.append("missing numbers are filled with means over all rows, test rows included")
+        what = "missing numbers are filled with means over all rows, test rows included"
+        cut = ["clipped"] * (protocol.clip is not None) + ["scaled"] * protocol.scale
+        if cut:
+            what += f", and tables are {' and '.join(cut)} by statistics of them"
+        found.append(what)
     if protocol.validation == "test":
         found.append("the rows that early stopping watches are the test rows")
     return found

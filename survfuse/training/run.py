@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 
 from survfuse.data.splits import Split
@@ -19,10 +17,16 @@ from survfuse.evaluation.comparison import Comparison
 from survfuse.evaluation.predictions import Predictions
 from survfuse.evaluation.report import Report
 from survfuse.training.config import ModelConfig, TrainConfig
-from survfuse.training.config_files import ConfigError, dump_config, load_config
+from survfuse.training.config_files import (
+    ConfigError,
+    absolute_paths,
+    dump_config,
+    load_config,
+)
 from survfuse.training.device import bags_to_device, pick_device
 from survfuse.training.folds import FoldPlan, plan_folds
-from survfuse.training.model import NEURAL, check_model
+from survfuse.training.identity import fingerprint, fingerprint_folds
+from survfuse.training.model import NEURAL, check_modality_names, check_model
 from survfuse.training.predictions import make_predictions
 from survfuse.training.report import oracle_concordance, write_reports
 from survfuse.training.run_folder import (
@@ -38,7 +42,7 @@ from survfuse.training.run_folds import Progress, prepare, run_folds
 from survfuse.training.sources import LoadedCohort, load_cohort
 
 if TYPE_CHECKING:
-    from survfuse.data.cohort import Cohort
+    from survfuse.data.cohort import Cohort, PreparedCohort
 
 
 @dataclass(frozen=True)
@@ -89,13 +93,20 @@ def fit(
             "epoch" (with its metrics) or "baseline".
 
     Raises:
+        TypeError: `config` or `cohort` is something else.
         ConfigError, ValueError, FileNotFoundError: the configuration or data cannot be used.
         RunFolderError: `out` holds a run already (without `resume`), none (with it), or another
             process is training in it.
         TrainingError: the loss became NaN or infinite.
         KeyboardInterrupt: passed on; what was saved stays, and `resume` goes on from there.
     """
+    if not isinstance(config, TrainConfig):
+        raise TypeError(
+            f"config is {config!r}; it must be a TrainConfig: load_config(path) reads one from a "
+            "file, parse_config(values) makes one of a dictionary"
+        )
     folder = RunFolder(out)
+    config = absolute_paths(config, Path.cwd())
     if resume and not folder.exists:
         raise RunFolderError(f"{folder.path} holds no run to resume (no {folder.config.name})")
     if not resume and folder.exists:
@@ -104,11 +115,16 @@ def fit(
         )
     if resume and (difference := _first_difference(config, load_config(folder.config))):
         raise RunFolderError(f"{folder.path} was begun with another configuration: {difference}")
-    if cohort is None:
-        loaded = load_cohort(config)
+    if cohort is not None:
+        loaded = _given_cohort(config, cohort, split)
+    elif resume and read_json(folder.environment)["cohort"].get("given"):
+        raise RunFolderError(
+            f"{folder.path} was trained on a cohort given from Python and needs it again: "
+            f"survfuse.training.resume({str(folder.path)!r}, cohort=...), with split=... if it was "
+            "given one"
+        )
     else:
-        chosen = cohort.only(config.data.modalities) if config.data.modalities else cohort
-        loaded = LoadedCohort(chosen, split, None)
+        loaded = load_cohort(config)
     return _run(config, folder, loaded, progress or _silent)
 
 
@@ -163,55 +179,81 @@ def baseline_config(config: TrainConfig, name: str, modalities: list[str]) -> Tr
     )
 
 
-def fingerprint(cohort: Cohort) -> str:
-    """A hash of who is in a cohort, their outcomes, and what is known of them.
+class RunPlan(NamedTuple):
+    """What a run does."""
 
-    Of bags only the lengths are hashed: reading every patch of a large store would take minutes.
+    device: torch.device
+    folds: list[FoldPlan]
+    baselines: dict[str, TrainConfig]
+    first: PreparedCohort  # for the first fold
+
+
+def plan_run(config: TrainConfig, loaded: LoadedCohort) -> RunPlan:
+    """Plan a run, and refuse whatever must neither wait for the end of the training nor leave a
+    folder behind.
+
+    Raises:
+        ConfigError, ValueError, FileNotFoundError: the configuration does not fit the data or this
+            machine.
     """
-    digest = hashlib.sha256()
-    for ids in (cohort.unit_ids, cohort.patient_ids):
-        digest.update("\n".join(ids).encode())
-    arrays = [cohort.time, cohort.event]
-    for name, source in cohort.modalities.items():
-        digest.update(f"{name} {source.kind} {source.channels}".encode())
-        arrays.append(source.present)
-        for attribute in ("values", "n_patches"):
-            values = getattr(source, attribute, None)
-            if isinstance(values, torch.Tensor):
-                values = values.numpy()
-            if values is not None:
-                arrays.append(values)
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
-
-
-def _run(
-    config: TrainConfig, folder: RunFolder, loaded: LoadedCohort, progress: Progress
-) -> RunResult:
     device = pick_device(config.training.device)
-    plans = plan_folds(config, loaded.cohort, loaded.split)
-    # a wrong name or setting must neither wait for the end of the training nor leave a folder
-    inner = {
+    folds = plan_folds(config, loaded.cohort, loaded.split)
+    baselines = {
         name: baseline_config(config, name, list(loaded.cohort.modalities))
         for name in config.evaluation.baselines
     }
-    check_model(config, prepare(config, loaded.cohort, plans[0].split))
+    if not config.data.modalities:
+        # of a choice of modalities the others may keep their settings
+        check_modality_names(config, loaded.cohort.modalities)
+    first = prepare(config, loaded.cohort, folds[0].split)
+    check_model(config, first)
+    for name, baseline in baselines.items():
+        given = first
+        if name.startswith("only:"):
+            reduced = loaded.cohort.only(baseline.data.modalities)
+            given = prepare(baseline, reduced, folds[0].split)
+        check_model(baseline, given)
+    return RunPlan(device, folds, baselines, first)
+
+
+def _given_cohort(config: TrainConfig, cohort: Cohort, split: Split | None) -> LoadedCohort:
+    from survfuse.data.cohort import Cohort
+
+    if not isinstance(cohort, Cohort):
+        raise TypeError(f"cohort is {cohort!r}; it must be a survfuse.data.Cohort")
+    if split is None and config.protocol.split == "given":
+        raise ConfigError(
+            'protocol.split is "given": pass split= beside cohort=, or set protocol.split to '
+            '"patients", "sites", "rows" or "published"'
+        )
+    chosen = cohort.only(config.data.modalities) if config.data.modalities else cohort
+    return LoadedCohort(chosen, split, None, given=True)
+
+
+def _run(
+    config: TrainConfig,
+    folder: RunFolder,
+    loaded: LoadedCohort,
+    progress: Progress,
+    *,
+    threads: int | None = None,
+) -> RunResult:
+    plan = plan_run(config, loaded)
     with folder.lock():
         folder.remove_leftovers()
-        return _locked_run(config, folder, loaded, plans, inner, device, progress)
+        return _locked_run(config, folder, loaded, plan, progress, threads)
 
 
 def _locked_run(
     config: TrainConfig,
     folder: RunFolder,
     loaded: LoadedCohort,
-    plans: list[FoldPlan],
-    inner: dict[str, TrainConfig],
-    device: torch.device,
+    plan: RunPlan,
     progress: Progress,
+    threads: int | None,
 ) -> RunResult:
-    environment = _check_or_write_head(folder, config, loaded.cohort, device)
+    device, plans = plan.device, plan.folds
+    environment = _check_or_write_head(folder, config, loaded, plan, threads)
     cohort = loaded.cohort
     if config.model.name in NEURAL:
         cohort = bags_to_device(cohort, device)
@@ -224,12 +266,15 @@ def _locked_run(
     if metrics:
         write_metrics_table(metrics, folder.metrics_table)
     baselines = {}
-    for name, baseline in inner.items():
+    for name, baseline in plan.baselines.items():
         progress({"kind": "baseline", "name": name})
         reduced = loaded
         if name.startswith("only:"):
             reduced = loaded._replace(cohort=loaded.cohort.only(baseline.data.modalities))
-        baselines[name] = _run(baseline, folder.baseline(name), reduced, progress)
+        # with the threads of the run, wherever it is resumed
+        baselines[name] = _run(
+            baseline, folder.baseline(name), reduced, progress, threads=environment["threads"]
+        )
     oracles = None
     if loaded.oracle is not None:
         oracles = oracle_concordance(loaded.cohort, plans, loaded.oracle)
@@ -248,23 +293,44 @@ def _locked_run(
 
 
 def _check_or_write_head(
-    folder: RunFolder, config: TrainConfig, cohort: Cohort, device: torch.device
+    folder: RunFolder,
+    config: TrainConfig,
+    loaded: LoadedCohort,
+    plan: RunPlan,
+    threads: int | None,
 ) -> dict[str, Any]:
     """Write what identifies the run, or make sure that it is still the same run."""
-    found = fingerprint(cohort)
+    found, folds = fingerprint(loaded.cohort), fingerprint_folds(plan.folds)
     if folder.exists:
         environment = read_json(folder.environment)
-        if environment["cohort"]["fingerprint"] != found:
+        for what, before, now in (
+            ("data", environment["cohort"]["fingerprint"], found),
+            ("folds", environment["cohort"]["folds"], folds),
+        ):
+            if before != now:
+                raise RunFolderError(
+                    f"the {what} of the run in {folder.path} changed since it began; train into a "
+                    "new folder"
+                )
+        if environment["device"] != str(plan.device):
             raise RunFolderError(
-                f"the data of the run in {folder.path} changed since it began; train into a new "
+                f"the run in {folder.path} began on {environment['device']} and would go on on "
+                f"{plan.device}; set training.device in {folder.config.name}, or train into a new "
                 "folder"
             )
         return environment
-    environment = describe_environment(str(device), threads=config.training.threads)
-    environment["cohort"] = {**cohort.summary(), "fingerprint": found}
+    threads = threads or config.training.threads
+    environment = describe_environment(str(plan.device), threads=threads)
+    environment["cohort"] = {
+        **loaded.cohort.summary(),
+        "fingerprint": found,
+        "folds": folds,
+        "given": loaded.given,
+    }
     write_json(folder.environment, environment)
     # last: a folder with a configuration is a run
-    dump_config(config, folder.config)
+    comment = "the cohort was given from Python; no data.source was read" if loaded.given else None
+    dump_config(config, folder.config, comment=comment)
     return environment
 
 
@@ -281,14 +347,16 @@ def _threads(number: int) -> Iterator[None]:
 
 def _first_difference(new: TrainConfig, old: TrainConfig) -> str:
     """The first setting in which two configurations differ, "" for none."""
-    for section, values in new.to_dict().items():
-        before = old.to_dict()[section]
-        if values != before and isinstance(values, dict):
-            key = next(key for key in values if values[key] != before[key])
-            return f"{section}.{key} is {values[key]!r}, it was {before[key]!r}"
-        if values != before:
-            return f"{section} is {values!r}, it was {before!r}"
-    return ""
+    path, values, before = [], new.to_dict(), old.to_dict()
+    if values == before:
+        return ""
+    while isinstance(values, dict) and isinstance(before, dict):
+        # of two settings dictionaries one may lack a key that is None in the other
+        every = {**values, **before}
+        key = next(key for key in every if values.get(key, ...) != before.get(key, ...))
+        path.append(key)
+        values, before = values.get(key), before.get(key)
+    return f"{'.'.join(path)} is {values!r}, it was {before!r}"
 
 
 def _silent(event: dict[str, Any]) -> None:

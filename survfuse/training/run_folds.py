@@ -60,7 +60,7 @@ def run_folds(
         progress(
             {
                 "kind": "fold",
-                "name": config.title or config.model.name,
+                "name": config.label,
                 "number": number + 1,
                 "of": len(plans),
                 "seed": plan.seed,

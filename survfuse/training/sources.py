@@ -31,6 +31,7 @@ class LoadedCohort(NamedTuple):
     cohort: Cohort
     split: Split | None  # train, validation and test where the source brings them
     oracle: dict[str, np.ndarray] | None  # simulated: the best risks under kinds of ignorance
+    given: bool = False  # came from Python, not from `config.data`
 
 
 def load_cohort(config: TrainConfig) -> LoadedCohort:

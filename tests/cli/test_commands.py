@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -40,6 +41,10 @@ def call(*arguments: object) -> int:
     return caught.value.code
 
 
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, _one_thread: None) -> Path:
     folder = tmp_path_factory.mktemp("cli")
@@ -62,6 +67,24 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_command_teaches_by_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(name, "--help") == 0
     assert f"survfuse {name} " in capsys.readouterr().out
+
+
+def test_the_examples_of_train_do_what_they_say(
+    shared_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(CONFIGS.parent)
+    # as wide as a terminal: an example that is broken over two lines cannot be copied
+    monkeypatch.setenv("COLUMNS", "80")
+    assert call("train", "--help") == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    examples = [shlex.split(line)[1:] for line in lines if line.startswith("survfuse train ")]
+    assert len(examples) == 4
+    for example in examples:
+        if "--resume" in example:
+            continue
+        example = [str(shared_data) if part == "/data/public" else part for part in example]
+        assert call(*example, "--check") == 0, example
+        assert "cohort" in capsys.readouterr().out
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,6 +111,8 @@ def test_an_unknown_command_has_a_neighbour(capsys: pytest.CaptureFixture[str]) 
         (["evaluate", "nowhere"], "there is no run folder nowhere"),
         (["evaluate", "."], "holds no predictions.json"),
         (["train", "tcga_kirp_honest.yaml", "--data", "gone"], "does not exist"),
+        (["demo", "--patches", "-5"], "--patches is -5; it must be at least 1024"),
+        (["demo", "--small", "--patches", "9999"], "--patches is 9999; it must be at least 10240"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -184,13 +209,27 @@ def test_check_says_what_would_run_and_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.device=warp", 'training.device is "warp"'),
+        ("evaluation.baselines=[only:gene]", "the modalities are genes, slides"),
+        ("model={name: elastic_net_cox, settings: {strenth: 1}}", "model.settings.strenth"),
+    ],
+)
+def test_check_refuses_what_the_run_refuses_at_once(
+    override: str, message: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["train", run.parent / "tiny.yaml", "-s", override]
+    for more in (["--check"], ["--out", tmp_path / "run"]):
+        assert call(*arguments, *more) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_an_interrupted_run_says_how_to_go_on(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from survfuse.training import run_folds
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
 
     monkeypatch.setattr(run_folds, "train_fold", interrupt)
     out = tmp_path / "run"
@@ -199,6 +238,41 @@ def test_an_interrupted_run_says_how_to_go_on(
     monkeypatch.undo()
     assert call("train", "--resume", out, "--quiet") == 0
     assert (out / "report.json").read_bytes() == (run / "report.json").read_bytes()
+
+
+def test_a_run_interrupted_before_it_began_cannot_be_resumed(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("survfuse.training.run.load_cohort", interrupt)
+    assert call("train", run.parent / "tiny.yaml", "--out", tmp_path / "run", "--quiet") == 130
+    assert capsys.readouterr().err.strip() == "stopped; nothing was trained yet"
+
+
+def test_an_interrupted_demo_goes_on_when_it_is_called_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import yaml
+
+    monkeypatch.setattr("survfuse.cli.demo.demo_config", lambda small: yaml.safe_load(TINY))
+    for place, said in (
+        ("survfuse.training.run.load_cohort", "nothing was trained yet"),
+        ("survfuse.training.run_folds.train_fold", "the same command goes on from here"),
+        ("survfuse.cli.demo.print_kernels", "the same command goes on from here"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, interrupt)
+            assert call("demo", "--out", tmp_path / "demo") == 130
+        assert capsys.readouterr().err.endswith(f"stopped; {said}\n")
+
+
+def test_an_interrupted_encode_says_whether_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("survfuse.cli.encode.encode_slide", interrupt)
+    cases = (([], "stopped; the same command goes on from here"), (["--overwrite"], "stopped"))
+    for more, said in cases:
+        assert call("encode", "a.svs", "--out", tmp_path / "bags", *more) == 130
+        assert capsys.readouterr().err.strip() == said
 
 
 def test_evaluate_reports_one_run_and_compares_two(

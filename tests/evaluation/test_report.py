@@ -330,6 +330,8 @@ def test_prediction_errors_are_named(run):
     assert Predictions("model", "nll", "mine", run.folds, leakage="").leakage == ""
     with pytest.raises(ValueError, match="resamples is 5"):
         evaluate(run, resamples=5)
+    with pytest.raises(TypeError, match="predictions is 'runs/x'; it must be Predictions"):
+        evaluate("runs/x")
 
 
 def test_comparison_is_paired_and_holm_adjusted(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from survfuse.training.config import BASELINES, TrainConfig
+from survfuse.training.config import BASELINES, DataConfig, TrainConfig
 from survfuse.training.config_files import ConfigError, dump_config, load_config, parse_config
 from survfuse.training.protocols import PRESETS, leaks, quirks
 
@@ -65,12 +65,41 @@ def test_a_resolved_configuration_reads_back_the_same(tmp_path: Path) -> None:
         ({"data": {"simulation": {"complete": 0.5}}}, "sum to 1"),
         ({"evaluation": {"baselines": ["cox"]}}, f"it must be one of {', '.join(BASELINES)}"),
         ({"evaluation": {"level": 1}}, "evaluation.level is 1.0; it must be in (0, 1)"),
+        ({"model": {"preset": "papr"}}, 'model.preset is "papr"; it must be null or one of paper'),
+        ({"model": {"preset": "released:luad"}}, "released:blca, released:brca"),
+        (
+            {"model": {"name": "mean_pool", "preset": "released:kirp"}},
+            'model.preset is "released:kirp", but model.name "mean_pool" has no presets',
+        ),
     ],
 )
 def test_wrong_values_are_named_with_their_path(values: dict, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config(values)
     assert message in str(caught.value)
+
+
+def test_values_of_another_kind_are_named_with_what_they_must_be() -> None:
+    with pytest.raises(TypeError, match=r"^training is \{'epochs': 3\}; .* a TrainingConfig"):
+        TrainConfig(training={"epochs": 3})
+    with pytest.raises(TypeError, match=r"^data\.simulation is 3; .* a SimulationConfig"):
+        TrainConfig(data=DataConfig(simulation=3))
+    for values in (None, "demo.yaml"):
+        with pytest.raises(
+            TypeError, match=f"^values is {values!r}; it must be a dict .*load_conf"
+        ):
+            parse_config(values)
+
+
+def test_a_run_is_called_by_its_title_and_by_the_model_it_trains() -> None:
+    for title, name, label in (
+        ("", "mean_pool", "mean_pool"),
+        ("HEALNet, KIRP", "healnet", "HEALNet, KIRP"),
+        ("HEALNet, KIRP", "mean_pool", "HEALNet, KIRP (mean_pool)"),
+        ("A study", "healnet", "A study (healnet)"),
+        ("only:genes", "healnet", "only:genes"),
+    ):
+        assert parse_config({"title": title, "model": {"name": name}}).label == label
 
 
 def test_every_wrong_key_is_listed_at_once() -> None:
@@ -157,6 +186,8 @@ def test_every_shipped_configuration_is_valid() -> None:
     for path in paths:
         config = load_config(path)
         assert config.title, path
+        # several threads only slow small models down; long bags need them
+        assert config.training.threads == (None if path.stem == "demo_long" else 1), path
         # what a run writes into its folder reads back
         assert parse_config(config.to_dict()) == config, path
 

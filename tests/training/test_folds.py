@@ -112,3 +112,10 @@ def test_published_folds_are_read_below_the_data_folder(tmp_path: Path) -> None:
     )
     found = plan_folds(config, cohort, None)
     assert [plan.split.test.tolist() for plan in found] == [[0, 2, 4], [1, 3, 5]]
+    # one patient has no outcome and is in the files only, another is new
+    other = dataclasses.replace(cohort, patient_ids=("P-NEW", *cohort.patient_ids[1:]))
+    with pytest.raises(ValueError, match=r"'P-000'; .*protocol\.mismatch: drop"):
+        plan_folds(config, other, None)
+    protocol = dataclasses.replace(config.protocol, mismatch="drop")
+    found = plan_folds(dataclasses.replace(config, protocol=protocol), other, None)
+    assert [plan.split.test.tolist() for plan in found] == [[2, 4], [1, 3, 5]]

@@ -1,0 +1,142 @@
+"""What no single field's type can rule out in a configuration; like it, without pydantic."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from survfuse.training.config import BASELINES, ModelConfig, TrainConfig
+
+
+def check(config: TrainConfig) -> None:
+    """Raise on values that no single field's type can rule out.
+
+    Raises:
+        TypeError: a section is not its dataclass.
+        ValueError: names the field by its dotted path, what it was and what it must be.
+    """
+    _check_sections(config)
+    _check_numbers(config)
+    data, protocol, model = config.data, config.protocol, config.model
+    _check_preset(model)
+    linear = model.name in ("clinical_cox", "elastic_net_cox")
+    if data.source in ("tcga_omics", "survpath") and not data.cohort:
+        raise ValueError(
+            f"data.cohort is not set; data.source {data.source} needs one, for example kirp"
+        )
+    if protocol.split == "rows" and protocol.validation == "inner":
+        raise ValueError(
+            'protocol.validation is "inner" with protocol.split "rows"; '
+            'a random row split brings its own validation rows: use "split", "test" or "none"'
+        )
+    if config.loss.name == "cox" and config.loss.class_weights != "none":
+        raise ValueError(
+            f'loss.class_weights is "{config.loss.class_weights}"; '
+            'the Cox loss has no time bins, so it must be "none"'
+        )
+    if config.loss.name == "cox" and config.training.batch_size < 2 and not linear:
+        raise ValueError(
+            "training.batch_size is 1; the Cox loss compares patients of one batch, "
+            "so it must be at least 2 (or use loss.name nll)"
+        )
+    if config.loss.name == "cox" and config.loss.alpha:
+        raise ValueError(
+            f"loss.alpha is {config.loss.alpha}; it belongs to the nll loss, the Cox loss has none"
+        )
+    for name in config.evaluation.baselines:
+        if name not in BASELINES and not name.startswith("only:"):
+            raise ValueError(
+                f'evaluation.baselines holds "{name}"; '
+                f"it must be one of {', '.join(BASELINES)} or only:<modality>"
+            )
+    if not config.training.seeds:
+        raise ValueError("training.seeds is empty; it must hold at least one integer")
+    if min(*config.training.seeds, config.protocol.fold_seed) < 0:
+        raise ValueError(
+            f"training.seeds is {list(config.training.seeds)} and protocol.fold_seed "
+            f"{config.protocol.fold_seed}; a seed must be at least 0"
+        )
+    if len(set(config.training.seeds)) != len(config.training.seeds):
+        raise ValueError(f"training.seeds is {list(config.training.seeds)}; seeds must differ")
+
+
+def _check_sections(config: Any, prefix: str = "") -> None:
+    for item in fields(config):
+        kind, value = item.default_factory, getattr(config, item.name)
+        if not is_dataclass(kind):
+            continue
+        if not isinstance(value, kind):
+            raise TypeError(
+                f"{prefix}{item.name} is {value!r}; it must be a {kind.__name__} "
+                "(parse_config takes plain dictionaries)"
+            )
+        _check_sections(value, f"{prefix}{item.name}.")
+
+
+def _check_preset(model: ModelConfig) -> None:
+    if model.preset is None:
+        return
+    if model.name != "healnet":
+        raise ValueError(
+            f'model.preset is "{model.preset}", but model.name "{model.name}" has no presets; '
+            "it must be null"
+        )
+    from survfuse.models.healnet_config import RELEASED_COHORTS
+
+    known = ["paper", "released", *(f"released:{cohort}" for cohort in RELEASED_COHORTS)]
+    if model.preset.lower() not in known:
+        raise ValueError(
+            f'model.preset is "{model.preset}"; it must be null or one of {", ".join(known)}'
+        )
+
+
+def _check_numbers(config: TrainConfig) -> None:
+    loss, training, simulation = config.loss, config.training, config.data.simulation
+    at_least = [
+        ("protocol.n_folds", config.protocol.n_folds, 2),
+        ("protocol.n_bins", config.protocol.n_bins, 2),
+        ("protocol.min_inner_events", config.protocol.min_inner_events, 1),
+        ("training.epochs", training.epochs, 1),
+        ("training.batch_size", training.batch_size, 1),
+        ("training.accumulate", training.accumulate, 1),
+        ("training.patience", training.patience, 1),
+        ("training.threads", training.threads, 1),
+        ("training.checkpoint_steps", training.checkpoint_steps, 1),
+        ("schedule.warmup_steps", config.schedule.warmup_steps, 0),
+        ("optimizer.weight_decay", config.optimizer.weight_decay, 0.0),
+        ("loss.l1", loss.l1, 0.0),
+        ("evaluation.bootstrap", config.evaluation.bootstrap, 1),
+        ("data.simulation.n_train", simulation.n_train, 1),
+        ("data.simulation.n_inner", simulation.n_inner, 0),
+        ("data.simulation.n_test", simulation.n_test, 1),
+        ("data.simulation.width", simulation.width, 4),
+        ("data.simulation.min_patches", simulation.min_patches, 1024),
+        ("data.simulation.max_patches", simulation.max_patches, 1024),
+    ]
+    for path, value, low in at_least:
+        if value is not None and not value >= low:
+            raise ValueError(f"{path} is {value}; it must be at least {low}")
+    positive = [
+        ("optimizer.lr", config.optimizer.lr),
+        ("schedule.max_lr", config.schedule.max_lr),
+        ("loss.survival_divisor", loss.survival_divisor),
+        ("training.clip_norm", training.clip_norm),
+        ("protocol.clip", config.protocol.clip),
+    ]
+    for path, value in positive:
+        if value is not None and not value > 0:
+            raise ValueError(f"{path} is {value}; it must be above 0")
+    if not 0 <= loss.alpha <= 1:
+        raise ValueError(f"loss.alpha is {loss.alpha}; it must be in [0, 1]")
+    if not 0 < config.protocol.inner_fraction < 1:
+        raise ValueError(
+            f"protocol.inner_fraction is {config.protocol.inner_fraction}; it must be in (0, 1)"
+        )
+    if not 0 < config.evaluation.level < 1:
+        raise ValueError(f"evaluation.level is {config.evaluation.level}; it must be in (0, 1)")
+    shares = (simulation.complete, simulation.omics_only, simulation.slide_only)
+    if min(shares) < 0 or abs(sum(shares) - 1) > 1e-9:
+        raise ValueError(
+            f"data.simulation.complete, omics_only and slide_only are {shares}; "
+            "they must be at least 0 and sum to 1"
+        )
