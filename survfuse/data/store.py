@@ -9,6 +9,7 @@ Layout (version 1), every dataset contiguous and little-endian; docs/data.md has
     bags/crc32        [B]          uint32, of a bag's feature rows followed by its coords rows
     bags/names, encoder, layout, coords_unit, source     [B] text
     bags/patch_size_level0  [B]    float64, 0 where unknown
+    bags, attribute crc32          of all columns but crc32
 
 Nothing is compressed or chunked: a row is found by arithmetic and the page cache does the rest.
 """
@@ -38,6 +39,7 @@ from survfuse.data.store_file import (
     StoreWriter,
     check_dtype,
     create_store,
+    header_checksum,
 )
 from survfuse.extras import require
 
@@ -104,9 +106,14 @@ class BagStore:
             )
         self.checksums: list[int] = bags["crc32"][()].tolist()
         text = {name: bags[name].asstr()[()].tolist() for name in TEXT_COLUMNS}
+        sizes = bags["patch_size_level0"][()].tolist()
+        if bags.attrs["crc32"] != header_checksum(self.lengths, text, sizes):
+            raise BagFileError(
+                f"{self.path} is damaged: names, lengths or other columns are not those that were "
+                "written; pack it again"
+            )
         self.names: list[str] = text.pop("names")
         self.columns = {key: [v or None for v in values] for key, values in text.items()}
-        sizes = bags["patch_size_level0"][()].tolist()
         self.patch_size_level0 = [size or None for size in sizes]
         self._stride = int(data.shape[1])
         self._offset = data.id.get_offset() or 0
@@ -160,7 +167,7 @@ class BagStore:
     def verify(self, *, progress: Callable[[int, int], None] | None = None) -> None:
         """Read every row and compare its bag's checksum with the one written.
 
-        Checked are features and coordinates, not names and lengths.
+        Names, lengths and the other columns were compared on opening.
 
         Args:
             progress: called after each bag with bags done and bags in all.

@@ -6,9 +6,10 @@ The layout is described in `store.py`. `BagStore.write` and `pack` both write th
 from __future__ import annotations
 
 import errno
+import json
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -195,6 +196,9 @@ def create_store(path: Path, plan: StorePlan) -> None:
             if plan.has_coords:
                 _room(file, "coords", (plan.n_rows, 2), np.dtype("<f4"))
             bags = file.create_group("bags")
+            bags.attrs["crc32"] = header_checksum(
+                plan.lengths, plan.columns, plan.patch_size_level0
+            )
             bags["lengths"] = np.asarray(plan.lengths, dtype="<i8")
             bags["patch_size_level0"] = np.asarray(plan.patch_size_level0, dtype="<f8")
             _room(bags, "crc32", (len(plan.lengths),), np.dtype("<u4"))
@@ -206,6 +210,15 @@ def create_store(path: Path, plan: StorePlan) -> None:
         if number is not None:
             raise full_error(OSError(number, ""), path, plan.n_bytes) from error
         raise
+
+
+def header_checksum(
+    lengths: Sequence[int], columns: Mapping[str, Sequence[str]], sizes: Sequence[float]
+) -> int:
+    """CRC-32 of what says which rows are whose: a wrong name would be another patient's slide."""
+    text = [list(columns[name]) for name in TEXT_COLUMNS]
+    numbers = [list(map(int, lengths)), list(map(float, sizes))]
+    return zlib.crc32(json.dumps([text, numbers]).encode())
 
 
 def _room(group: Any, name: str, shape: tuple[int, ...], dtype: np.dtype) -> Any:
