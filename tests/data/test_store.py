@@ -107,12 +107,9 @@ def test_pickling_carries_the_path_only(tmp_path, bags):
 
 def test_a_name_that_is_not_the_one_written_is_refused_on_opening(tmp_path, bags):
     path = tmp_path / "s.h5"
-    store = BagStore.write(path, bags)
-    name = BagStore(path).names[0]
-    del store
-    content = path.read_bytes()
-    assert content.count(name.encode()) == 1
-    path.write_bytes(content.replace(name.encode(), name[:-1].encode() + b"~"))
+    BagStore.write(path, bags)
+    with h5py.File(path, "a") as file:
+        file["bags/names"][0] = "another"
     with pytest.raises(BagFileError, match=r"s\.h5 is damaged: names, lengths or other columns"):
         BagStore(path)
 
