@@ -181,7 +181,9 @@ def record(case: Case, limits: pool_bag_shapes.Limits) -> list[Launch]:
         part = torch.empty((2, case.n_rows, case.width))
         state.n_merged = 1
         state.merge(part, [part, part, part], 2, 2, 256)
-        pool_bag_passes.sum_slots(call, part, results.pooled, 2, 2, 256)
+        per_query = torch.empty((n_bags, case.n_rows))
+        known = (part[..., 0], results.pooled, per_query)
+        pool_bag_passes.sum_slots(call, part, *known, results.pooled, 2, 2, 256)
     return [launch for recorder in recorders for launch in recorder.launches]
 
 

@@ -101,7 +101,7 @@ def pool_bag_backward(
     call = make_call(rows, bag, bias, pooling)
     a, dz, per_row = prepare(call, rows, results, d_results)
     if d_rows is not None:
-        backward_rows(call, a, dz, per_row, d_rows)
+        backward_rows(call, a, dz, per_row, results.pooled, d_results.lse, d_rows)
     if d_bag is not None or d_bias is not None:
         backward_stored(call, a, dz, per_row, d_bag, d_bias)
     return gradients

@@ -105,6 +105,9 @@ def pool_bag_merge_kernel(
 @triton.jit(do_not_specialize=_RUNTIME)
 def pool_bag_sum_kernel(
     part_ptr,  # [C, R, D] in
+    part_sum_ptr,  # [C, R] in      sums of d_logits; or None: not balanced
+    pooled_ptr,  # [B, R, D] in
+    d_lse_ptr,  # [B, R] in
     starts_ptr,  # [B] in
     lengths_ptr,  # [B] in
     d_rows_ptr,  # [B, R, D] in, out
@@ -114,12 +117,17 @@ def pool_bag_sum_kernel(
     first_slot,
     n_slots,
     rows_per_slot,
+    scale,
     D: tl.constexpr,
     FIRST: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Add a chunk of partial sums. Grid: (B * R * cdiv(D, BLOCK_D),)."""
+    """Add a chunk of partial sums, balanced. Grid: (B * R * cdiv(D, BLOCK_D),).
+
+    The d_logits of a row sum to d_lse exactly. What their computed sum misses has gone along the
+    softmax weights, so it stands in d_rows times the pooled patch and is taken out of it here.
+    """
     D_BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     d_block = tl.program_id(0) % D_BLOCKS
     out = (tl.program_id(0) // D_BLOCKS).to(tl.int64)
@@ -131,7 +139,10 @@ def pool_bag_sum_kernel(
     cols = d_block * BLOCK_D + tl.arange(0, BLOCK_D)
     offs_s = tl.arange(0, BLOCK_S)
     acc = tl.zeros((BLOCK_D,), tl.float32)
-    if not FIRST:
+    missed = tl.zeros((), tl.float32)
+    if FIRST:
+        missed = tl.load(d_lse_ptr + out)
+    else:
         acc = tl.load(d_rows_ptr + out * D + cols, mask=cols < D, other=0.0)
     for s0 in range(begin, end, BLOCK_S):
         at = (s0 + offs_s).to(tl.int64) * n_rows + row
@@ -142,4 +153,10 @@ def pool_bag_sum_kernel(
             other=0.0,
         )
         acc += tl.sum(part, 0)
+        if part_sum_ptr is not None:
+            missed -= tl.sum(tl.load(part_sum_ptr + at, mask=inside, other=0.0), 0)
+    if part_sum_ptr is not None:
+        pooled = tl.load(pooled_ptr + out * D + cols, mask=cols < D, other=0.0)
+        # by selection: a bag without rows has pooled 0, and d_lse may be anything
+        acc += tl.where(pooled == 0, 0.0, missed * scale * pooled)
     tl.store(d_rows_ptr + out * D + cols, acc, mask=cols < D)

@@ -236,6 +236,7 @@ def pool_bag_bwd_rows_kernel(
     starts_ptr,  # [B] in
     lengths_ptr,  # [B] in
     part_ptr,  # [C, R, D] out   this chunk's share of d_rows
+    part_sum_ptr,  # [C, R] out   sum of d_logits; or None: not balanced
     n_bags,
     n_stored,
     n_rows,
@@ -279,6 +280,7 @@ def pool_bag_bwd_rows_kernel(
     per_row = load_per_row(per_row_ptr, at, n_bags.to(tl.int64) * n_rows, mask_r)
 
     acc = tl.zeros((GROUPS, BLOCK_R, BLOCK_K), tl.float32)
+    total = tl.zeros((BLOCK_R,), tl.float32)
     unit = tl.zeros((BLOCK_R,), tl.float32)
     for n0 in range(0, count, BLOCK_N):
         rows = first_row + n0 + offs_n
@@ -310,6 +312,8 @@ def pool_bag_bwd_rows_kernel(
             NORMALIZE,
             dtype == tl.float16,
         )
+        if part_sum_ptr is not None:
+            total += tl.sum(ds, 0)
         if NORMALIZE:
             ds = ds * rstd[:, None]
         if dtype == tl.float16:
@@ -324,6 +328,8 @@ def pool_bag_bwd_rows_kernel(
             acc = accumulate(acc, None, x, ds, PRECISION)
 
     out = local_slot * n_rows + offs_r
+    if part_sum_ptr is not None:
+        tl.store(part_sum_ptr + out, total, mask=mask_r)
     factor = (unit if dtype == tl.float16 else unit + 1.0) * scale
     CENTRE: tl.constexpr = NORMALIZE and (dtype != tl.float32 or mean_ptr is None)
     store_partial(part_ptr, out, mask_r, acc, factor, D, CENTRE)

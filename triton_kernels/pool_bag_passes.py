@@ -178,18 +178,29 @@ class State:
         self.n_merged += 1
 
 
-def backward_rows(call: Call, a: Tensor, dz: Tensor, per_row: Tensor, d_rows: Tensor) -> None:
+def backward_rows(
+    call: Call,
+    a: Tensor,
+    dz: Tensor,
+    per_row: Tensor,
+    pooled: Tensor,
+    d_lse: Tensor,
+    d_rows: Tensor,
+) -> None:
     """Fill d_rows."""
     n_bags, n_rows, _ = call.shape
+    known = (pooled.contiguous(), d_lse.contiguous())
     shape = shapes.narrow_shape(call.problem, call.limits, backward=True)
     if shape is None:
-        for first, chunk, slot_rows, part, _ in products(call, a, dz, per_row):
-            sum_slots(call, part, d_rows, first, chunk, slot_rows)
+        for first, chunk, slot_rows, part, (_, sums, _) in products(call, a, dz, per_row):
+            sums = None if call.normalize else sums
+            sum_slots(call, part, sums, *known, d_rows, first, chunk, slot_rows)
         return
     blocks = -(-n_rows // shape["BLOCK_R"])
     resident = shapes.programs_per_processor(shape)
     slots = call.plan(shape["BLOCK_N"], programs=blocks / resident, row_bytes=0)
-    part, _ = _partials(call, slots)
+    part, (_, sums, _) = _partials(call, slots)
+    sums = sums if shapes.narrow_balances(call.problem) else None
     for first in range(0, slots.count, slots.chunk):
         chunk = min(slots.chunk, slots.count - first)
         pool_bag_bwd_rows_kernel[(chunk * blocks,)](
@@ -198,6 +209,7 @@ def backward_rows(call: Call, a: Tensor, dz: Tensor, per_row: Tensor, d_rows: Te
             per_row,
             *call.inputs,
             part,
+            sums,
             n_bags,
             call.bag.shape[0],
             n_rows,
@@ -211,7 +223,7 @@ def backward_rows(call: Call, a: Tensor, dz: Tensor, per_row: Tensor, d_rows: Te
             **call.constants,
             **shape,
         )
-        sum_slots(call, part, d_rows, first, chunk, slots.rows)
+        sum_slots(call, part, sums, *known, d_rows, first, chunk, slots.rows)
 
 
 def backward_stored(
@@ -269,7 +281,7 @@ def products(
     coef = torch.empty((n_scratch, stride), dtype=bag.dtype, device=bag.device)
     row_mean = part.new_empty((n_scratch if call.normalize else 1,))
     tiles = _planes(part, 4, n_scratch // tile * n_rows)
-    sums = (None, None) if dz is not None else (tiles[2], tiles[3])
+    sums = (tiles[2], tiles[3] if dz is None else None)
     for first in range(0, slots.count, slots.chunk):
         chunk = min(slots.chunk, slots.count - first)
         n_tiles = chunk * (slots.rows // tile)
@@ -329,12 +341,23 @@ _MERGE = {"BLOCK_S": 32, "BLOCK_D": 128, "num_warps": 4, "num_stages": 2}
 
 
 def sum_slots(
-    call: Call, part: Tensor, d_rows: Tensor, first: int, chunk: int, slot_rows: int
+    call: Call,
+    part: Tensor,
+    sums: Tensor | None,
+    pooled: Tensor,
+    d_lse: Tensor,
+    d_rows: Tensor,
+    first: int,
+    chunk: int,
+    slot_rows: int,
 ) -> None:
     """Add the partials of the slots first to first + chunk to d_rows."""
     n_bags, n_rows, width = call.shape
     pool_bag_sum_kernel[(n_bags * n_rows * -(-width // _MERGE["BLOCK_D"]),)](
         part,
+        sums,
+        pooled,
+        d_lse,
         call.starts,
         call.lengths,
         d_rows,
@@ -344,6 +367,7 @@ def sum_slots(
         first,
         chunk,
         slot_rows,
+        call.scale,
         D=width,
         FIRST=first == 0,
         **_MERGE,

@@ -79,6 +79,14 @@ def _crowded(problem: Problem, block_d: int, *, backward: bool) -> bool:
     return every and block_d == 1024
 
 
+def narrow_balances(problem: Problem) -> bool:
+    """Whether the row pass of the backward also sums d_logits, to balance d_rows.
+
+    Normalised patches are centred and need it least; wide fp32 rows leave no register for it.
+    """
+    return not problem.normalize and (problem.half or problem.width <= 512)
+
+
 def _half_shape(
     problem: Problem, block_r: int, block_d: int, shared: int, *, backward: bool
 ) -> dict[str, int] | None:

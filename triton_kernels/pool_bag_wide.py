@@ -34,8 +34,8 @@ def pool_bag_scores_kernel(
     row_mean_ptr,  # [C * rows_per_slot] out  mean of each row, fp32 bags under normalisation
     tile_ref_ptr,  # [tiles, R] out
     tile_mean_ptr,  # [tiles, R] out   under normalisation: sum of coef * mean not yet subtracted
-    tile_sum_ptr,  # [tiles, R] out   forward: sum of exp(logit - tile_ref)
-    tile_weight_ptr,  # [tiles, R] out   forward: the same over kept weights
+    tile_sum_ptr,  # [tiles, R] out   sum of exp(logit - tile_ref), or of d_logits
+    tile_weight_ptr,  # [tiles, R] out   forward: the first over kept weights; or None: backward
     n_bags,
     n_stored,
     n_rows,
@@ -119,6 +119,7 @@ def pool_bag_scores_kernel(
             NORMALIZE,
             dtype == tl.float16,
         )
+        tl.store(tile_sum_ptr + tile_at, tl.sum(coef, 0), mask=mask_r)
         if NORMALIZE:
             coef = coef * rstd[:, None]
         largest = tl.max(tl.abs(coef), 0)
@@ -180,12 +181,12 @@ def pool_bag_product_kernel(
     row_mean_ptr,  # [C * rows_per_slot] in
     tile_ref_ptr,  # [tiles, R] in
     tile_mean_ptr,  # [tiles, R] in
-    tile_sum_ptr,  # [tiles, R] in     or None: backward
-    tile_weight_ptr,  # [tiles, R] in
+    tile_sum_ptr,  # [tiles, R] in
+    tile_weight_ptr,  # [tiles, R] in  or None: backward
     part_ptr,  # [C, R, D] out
-    part_max_ptr,  # [C, R] out       forward, as the rest
+    part_max_ptr,  # [C, R] out       forward
     part_sum_ptr,  # [C, R] out
-    part_weight_ptr,  # [C, R] out
+    part_weight_ptr,  # [C, R] out    forward
     n_bags,
     n_stored,
     n_rows,
@@ -267,21 +268,24 @@ def pool_bag_product_kernel(
         if NORMALIZE:
             part = tl.load(tile_mean_ptr + tile_at, mask=mask_r, other=0.0)
             mean_sum = mean_sum * shrink + part * share
-        if tile_sum_ptr is not None:
-            part = tl.load(tile_sum_ptr + tile_at, mask=mask_r, other=0.0)
+        part = tl.load(tile_sum_ptr + tile_at, mask=mask_r, other=0.0)
+        if tile_weight_ptr is not None:
             total = total * shrink + part * share
             part = tl.load(tile_weight_ptr + tile_at, mask=mask_r, other=0.0)
             kept = kept * shrink + part * share
+        else:
+            total += tl.where(n0 % BLOCK_T == 0, part, 0.0)
 
     if NORMALIZE:
         acc = acc - mean_sum[:, None]
     out = local_slot * n_rows + offs_r
-    if tile_sum_ptr is None:
-        acc = acc * (tl.exp(largest) * scale)[:, None]
-    elif d_block == 0:
-        tl.store(part_max_ptr + out, largest, mask=mask_r)
+    if d_block == 0:
         tl.store(part_sum_ptr + out, total, mask=mask_r)
-        tl.store(part_weight_ptr + out, kept, mask=mask_r)
+        if tile_weight_ptr is not None:
+            tl.store(part_max_ptr + out, largest, mask=mask_r)
+            tl.store(part_weight_ptr + out, kept, mask=mask_r)
+    if tile_weight_ptr is None:
+        acc = acc * (tl.exp(largest) * scale)[:, None]
     tl.store(
         part_ptr + out[:, None] * D + cols[None, :],
         acc,

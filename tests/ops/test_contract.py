@@ -100,7 +100,7 @@ def test_wide_results_and_gradients_within_budget(op, backend, device, case) -> 
     check_budget(op, backend, device, case)
 
 
-@pytest.mark.parametrize("backend", ["tiled", "native"])
+@pytest.mark.parametrize("backend", ["tiled", "native", "triton"])
 def test_gradients_of_rows_are_balanced(backend: str) -> None:
     """d_logits of a row sum to d_lse: what rounding leaves of that would stand times the mean."""
     check_budget(OPS[0], backend, "cpu", FAR_CASE)
