@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import triton
-from survfuse.triton_kernels import pool_bag, pool_bag_passes, pool_bag_shapes
+from survfuse.triton_kernels import pool_bag, pool_bag_call, pool_bag_passes, pool_bag_shapes
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -176,7 +176,7 @@ def record(case: Case, limits: pool_bag_shapes.Limits) -> list[Launch]:
         needs = Needs(rows=True, bag=True, bias=case.bias)
         pool_bag.pool_bag_backward(gradients, results, *args, needs)
         # a chunk after the first merges into what is there
-        call = pool_bag_passes.make_call(*args)
+        call = pool_bag_call.make_call(*args)
         state = pool_bag_passes.State(results.pooled, call)
         part = torch.empty((2, case.n_rows, case.width))
         state.n_merged = 1

@@ -17,12 +17,12 @@ from torch import Tensor
 from survfuse.pooling import Needs, PooledBag, Pooling
 
 from . import pool_bag_shapes as shapes
+from .pool_bag_call import make_call
 from .pool_bag_passes import (
     backward_rows,
     backward_stored,
     forward_narrow,
     forward_wide,
-    make_call,
     prepare,
 )
 

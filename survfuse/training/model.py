@@ -103,9 +103,8 @@ def _modality_settings(preset: Any, given: Any) -> dict[str, dict[str, Any]]:
                 )
         unknown = [field for field in fields if field not in merged[name]]
         if unknown:
-            path = f"model.settings.modalities.{name}"
             raise ConfigError(
-                f"{path}.{unknown[0]} is not a setting; "
+                f"model.settings.modalities.{name}: "
                 f"{unknown_name('setting', unknown[0], merged[name])}"
             )
         merged[name].update(fields)

@@ -131,7 +131,7 @@ def test_what_a_baseline_lacks_is_said_before_the_training(tmp_path: Path) -> No
 def test_settings_of_modalities_are_checked(tmp_path: Path) -> None:
     given = {"cohort": small_cohort(), "split": given_split()}
     for modalities, message in (
-        ({"slides": {"axs": 0}}, r"modalities\.slides\.axs is not a setting; .*'axes'"),
+        ({"slides": {"axs": 0}}, r"modalities\.slides: unknown setting 'axs'.*'axes'"),
         ({"slide": {"axes": 0}}, r"modalities\.slide: unknown modality 'slide'.*'slides'"),
     ):
         config = small_config(model={"settings": {"modalities": modalities}})
