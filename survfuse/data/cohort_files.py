@@ -164,8 +164,9 @@ def _outcome(
     if not unknown.any():
         return frame.astype({"event": bool}), ()
     if missing_outcome == "error":
+        n = int(unknown.sum())
         raise ValueError(
-            f"{endpoint} time is NaN for {int(unknown.sum())} rows of {table.source}: "
+            f"{endpoint} time or censorship is NaN for {n} rows of {table.source}: "
             f"{shorten(list(frame.index[unknown]), 3)}; missing_outcome='drop' leaves them out"
         )
     note = f"{int(unknown.sum())} rows without {endpoint} were left out"

@@ -89,7 +89,7 @@ def test_survpath_cohort_with_pathways_and_disease_specific_survival(shared_data
 def test_outcomes_of_tcga_cdr_replace_those_of_the_table(shared_data):
     path = shared_data / "tcga_omics" / "tcga_blca_all_clean.csv.zip"
     outcomes = shared_data / "tcga_cdr" / "outcome.xlsx"
-    with pytest.raises(ValueError, match=r"DFI time is NaN for 199 rows"):
+    with pytest.raises(ValueError, match=r"DFI time or censorship is NaN for 199 rows"):
         read_cohort(path, outcomes=outcomes, endpoint="DFI")
     cohort = read_cohort(path, outcomes=outcomes, endpoint="DFI", missing_outcome="drop")
     assert len(cohort) == 174
@@ -185,7 +185,7 @@ def test_bags_that_do_not_fit_are_named(files, tmp_path):
 def test_a_patient_without_any_outcome_is_dropped(files):
     table, _ = files
     table.write_text(TABLE.replace("p2,s3.svs,20,1,", "p2,s3.svs,,,"))
-    with pytest.raises(ValueError, match=r"OS time is NaN for 1 rows of .*: 'p2'"):
+    with pytest.raises(ValueError, match=r"OS time or censorship is NaN for 1 rows of .*: 'p2'"):
         read_cohort(table)
     cohort = read_cohort(table, missing_outcome="drop")
     assert cohort.unit_ids == ("p1", "p3")
@@ -209,7 +209,8 @@ def test_wrong_choices_name_the_nearest(files):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("p2,s3.svs,20,", "p2,s3.svs,,", r"OS time is NaN for 1 rows of .*: 'p2'"),
+        ("p2,s3.svs,20,1", "p2,s3.svs,20,", r"OS time or censorship is NaN for 1 rows of .*: 'p2'"),
+        ("p2,s3.svs,20,", "p2,s3.svs,,", r"OS time or censorship is NaN for 1 rows of .*: 'p2'"),
         ("p2,s3.svs,20,", "p2,s3.svs,-20,", r"OS time at row 1 \(p2\) is -20; .*at least 0"),
         ("p2,s3.svs,20,1", "p2,s3.svs,20,3", r"censorship at row 1 \(p2\) is 3"),
     ],
