@@ -135,10 +135,11 @@ class Ragged(NamedTuple):
         ends = self.lengths.cumsum(0)
         return self._replace(starts=ends - self.lengths)
 
-    def check(self, n_rows: int) -> None:
+    def check(self, n_rows: int, name: str = "ragged") -> None:
         """Raise unless every bag lies within a packed matrix of `n_rows` rows.
 
-        Synchronises with the device; ops on CUDA clamp instead.
+        Synchronises with the device; ops on CUDA clamp instead. `name` is that of the argument in
+        the error.
 
         Raises:
             ValueError: names the first bag that does not fit, or the host integer that is wrong.
@@ -149,14 +150,14 @@ class Ragged(NamedTuple):
         if bool(wrong.any()):
             b = int(wrong.nonzero()[0])
             raise ValueError(
-                f"ragged: bag {b} is rows {int(starts[b])} to {int(starts[b]) + int(lengths[b])}, "
+                f"{name}: bag {b} is rows {int(starts[b])} to {int(starts[b]) + int(lengths[b])}, "
                 f"but the bag matrix has {n_rows} rows"
             )
         total = int(lengths.sum())
         longest = int(lengths.max()) if lengths.numel() else 0
         if (total, longest) != (self.total, self.max_length):
             raise ValueError(
-                f"ragged: total and max_length are {self.total} and {self.max_length}, "
+                f"{name}: total and max_length are {self.total} and {self.max_length}, "
                 f"but the lengths give {total} and {longest}"
             )
 
@@ -205,38 +206,80 @@ def as_packed(
                 "a dense [B, N, D] bag takes ragged=None, a ragged one is packed [T, D]"
             )
         b, n = bag.shape[:2]
-        starts = torch.arange(b, device=bag.device) * n
-        ragged = Ragged(starts, torch.full_like(starts, n), b * n, n if b else 0)
+        ragged = _dense_ranges(b, n, bag.device)
         bag = bag.reshape(b * n, bag.shape[2])
     elif bag.dim() == 2:
-        if ragged is None:
-            n = bag.shape[0]
-            starts = torch.zeros(1, dtype=torch.int64, device=bag.device)
-            ragged = Ragged(starts, torch.full_like(starts, n), n, n)
+        ragged = _dense_ranges(1, bag.shape[0], bag.device) if ragged is None else ragged
     else:
         raise ValueError(
             f"bag has shape {tuple(bag.shape)}; it must be packed [T, D] or dense [B, N, D]"
         )
+    _check_ragged("ragged", ragged, "bag", bag.device, n_bags)
+    return bag, ragged
+
+
+def as_packed_heads(
+    name: str, tensor: Tensor, ragged: Ragged | None, n_bags: int | None = None
+) -> tuple[Tensor, Ragged]:
+    """Bring one side of an attention to packed rows [T, H, d] and their ranges.
+
+    Args:
+        name: of the argument, for errors.
+        tensor: [T, H, d], one bag if `ragged` is None; or dense [B, L, H, d] with `ragged` None.
+        ragged: the ranges of a packed side.
+        n_bags: the number of bags the other side has, checked.
+
+    Raises:
+        TypeError, ValueError: names the argument, what it was and what it must be.
+    """
+    if tensor.dim() == 4:
+        if ragged is not None:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)} and {name}_ragged is given; "
+                f"a dense [B, L, H, d] takes {name}_ragged=None, a ragged one is packed [T, H, d]"
+            )
+        b, n = tensor.shape[:2]
+        ragged = _dense_ranges(b, n, tensor.device)
+        tensor = tensor.reshape(b * n, *tensor.shape[2:])
+    elif tensor.dim() == 3:
+        ragged = _dense_ranges(1, tensor.shape[0], tensor.device) if ragged is None else ragged
+    else:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}; it must be packed [T, H, d] or dense "
+            "[B, L, H, d]"
+        )
+    _check_ragged(f"{name}_ragged", ragged, name, tensor.device, n_bags)
+    return tensor, ragged
+
+
+def _dense_ranges(n_bags: int, n_rows: int, device: torch.device) -> Ragged:
+    starts = torch.arange(n_bags, device=device) * n_rows
+    lengths = torch.full_like(starts, n_rows)
+    return Ragged(starts, lengths, n_bags * n_rows, n_rows if n_bags else 0)
+
+
+def _check_ragged(
+    name: str, ragged: Ragged, stored: str, device: torch.device, n_bags: int | None
+) -> None:
     if not isinstance(ragged, Ragged):
-        raise TypeError(f"ragged is {type(ragged).__name__}; it must be a survfuse.Ragged")
+        raise TypeError(f"{name} is {type(ragged).__name__}; it must be a survfuse.Ragged")
     n_ranges = len(ragged.lengths)
-    for name, tensor in (("starts", ragged.starts), ("lengths", ragged.lengths)):
+    for field, tensor in (("starts", ragged.starts), ("lengths", ragged.lengths)):
         # a Ragged made by hand, not by one of its constructors, can hold anything
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"ragged.{name} is {type(tensor).__name__}; it must be a tensor")
+            raise TypeError(f"{name}.{field} is {type(tensor).__name__}; it must be a tensor")
         if tensor.dtype != torch.int64 or tensor.shape != (n_ranges,):
             raise ValueError(
-                f"ragged.{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; both must be "
+                f"{name}.{field} is {tensor.dtype} of shape {tuple(tensor.shape)}; both must be "
                 "int64 vectors of one length"
             )
-        if tensor.device != bag.device:
+        if tensor.device != device:
             raise ValueError(
-                f"ragged.{name} is on {tensor.device} and bag on {bag.device}; "
+                f"{name}.{field} is on {tensor.device} and {stored} on {device}; "
                 "they must be on one device (Ragged.to moves it)"
             )
     if n_bags is not None and ragged.lengths.shape[0] != n_bags:
         raise ValueError(
-            f"ragged has {ragged.lengths.shape[0]} bags, the other arguments {n_bags}; "
+            f"{name} has {ragged.lengths.shape[0]} bags, the other arguments {n_bags}; "
             "they must have the same number"
         )
-    return bag, ragged

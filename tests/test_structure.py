@@ -22,6 +22,7 @@ PACKAGES = {"survfuse": ROOT / "survfuse", "survfuse.triton_kernels": ROOT / "tr
 NEUTRAL = {
     "ragged": set(),
     "pooling": {"ragged"},
+    "attention": {"ragged"},
     "batch": {"ragged"},
     "extras": set(),
     "outcomes": set(),

@@ -47,16 +47,16 @@ def without_autocast(function: Callable) -> Callable:
     return wrapped
 
 
-def check_ranges(bag: Tensor, ragged: Ragged) -> None:
+def check_ranges(bag: Tensor, ragged: Ragged, name: str = "ragged") -> None:
     """On the CPU, raise unless every bag lies within the matrix; kernels on a device clamp."""
     if bag.device.type == "cpu":
-        ragged.check(bag.shape[0])
+        ragged.check(bag.shape[0], name)
 
 
-def check_ranges_eagerly(bag: Tensor, ragged: Ragged) -> None:
+def check_ranges_eagerly(bag: Tensor, ragged: Ragged, name: str = "ragged") -> None:
     """The same where no op stands between; a graph being compiled cannot look at values."""
     if not torch.compiler.is_compiling():
-        check_ranges(bag, ragged)
+        check_ranges(bag, ragged, name)
 
 
 def unit_stride(bag: Tensor) -> Tensor:

@@ -3,6 +3,11 @@
 Same names and arguments as `survfuse.ops`. These functions may materialise everything.
 """
 
+from survfuse.reference.cross_attention import (
+    cross_attention,
+    cross_attention_weights,
+    cross_attention_with_lse,
+)
 from survfuse.reference.pool_bag import pool_bag, pool_weights
 from survfuse.reference.tokens_attend_bag import (
     tokens_attend_bag,
@@ -11,6 +16,9 @@ from survfuse.reference.tokens_attend_bag import (
 )
 
 __all__ = [
+    "cross_attention",
+    "cross_attention_weights",
+    "cross_attention_with_lse",
     "pool_bag",
     "pool_weights",
     "tokens_attend_bag",

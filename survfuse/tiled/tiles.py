@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -31,17 +32,18 @@ class Tile(NamedTuple):
         return tensor[self.rows][None] if isinstance(self.rows, slice) else tensor[self.rows]
 
 
-def tiles(ragged: Ragged, bag: Tensor) -> Iterator[list[Tile]]:
-    """The tiles of one group of bags after the other.
+def tiles(ragged: Ragged, bag: Tensor, *, max_rows: int | None = None) -> Iterator[list[Tile]]:
+    """The tiles of one group of bags after the other, of at most `max_rows` rows.
 
     On the CPU a group is one bag and its rows are views. On other devices the ranges are unknown to
     the host, and reading them would make it wait: all bags are one group, walked in lockstep, rows
     behind a bag's end are masked and rows behind the matrix' end clamped.
     """
     starts, lengths, _, max_length = ragged
-    row_bytes = bag.shape[1] * bag.element_size()
+    row_bytes = math.prod(bag.shape[1:]) * bag.element_size()
+    max_rows = min(_MAX_ROWS, max_rows or _MAX_ROWS)
     if _known_to_host(starts):
-        step = min(max(_CPU_TILE_BYTES // max(row_bytes, 1), _MIN_ROWS), _MAX_ROWS)
+        step = min(max(_CPU_TILE_BYTES // max(row_bytes, 1), _MIN_ROWS), max_rows)
         packed = 0
         for b, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
             group = []
@@ -54,7 +56,7 @@ def tiles(ragged: Ragged, bag: Tensor) -> Iterator[list[Tile]]:
             yield group
         return
     n_bags = starts.shape[0]
-    step = min(max(_DEVICE_TILE_BYTES // max(row_bytes * n_bags, 1), _MIN_ROWS), _MAX_ROWS)
+    step = min(max(_DEVICE_TILE_BYTES // max(row_bytes * n_bags, 1), _MIN_ROWS), max_rows)
     first = lengths.cumsum(0) - lengths
     group = []
     for at in range(0, max_length, step):

@@ -9,6 +9,13 @@ import torch
 from torch import Tensor
 
 from survfuse import Ragged, ops
+from tests.ops.contract_attention import (
+    make_both,
+    make_few,
+    make_many,
+    plain_of_cross_attention,
+    run_cross_attention,
+)
 from tests.ops.plain import plain_attention, plain_pool_bag
 
 CUDA = torch.cuda.is_available()
@@ -37,10 +44,16 @@ class Case:
     @property
     def covered(self) -> Tensor:
         """[T] bool: rows that a bag holds and no bias excludes."""
+        inside = self.covered_by_bags
+        inside[list(self.excluded)] = False
+        return inside
+
+    @property
+    def covered_by_bags(self) -> Tensor:
+        """[T] bool: rows that a bag holds."""
         inside = torch.zeros(self.n_stored, dtype=torch.bool)
         for start, length in self.ranges:
             inside[start : start + length] = True
-        inside[list(self.excluded)] = False
         return inside
 
 
@@ -81,23 +94,35 @@ class Call:
 
     tensors: dict[str, Tensor]
     options: dict = field(default_factory=dict)
+    stored: tuple[str, ...] = ("bag",)  # the tensors whose rows `ragged` ranges pick
 
     def to(self, dtype: torch.dtype, device: str = "cpu", *, wide: bool = False) -> Call:
-        """In another type; `wide` keeps every tensor but the bag in fp32 beside a 16-bit bag."""
+        """In another type; `wide` keeps all but the stored tensors in fp32 beside 16-bit ones."""
 
         def convert(name: str, tensor: Tensor) -> Tensor:
             narrow = torch.finfo(dtype).bits < 32
-            kind = torch.float32 if wide and narrow and name != "bag" else dtype
+            kind = torch.float32 if wide and narrow and name not in self.stored else dtype
             return tensor.detach().to(device, kind).requires_grad_()
 
         options = {
             key: value.to(device) if isinstance(value, Ragged) else value
             for key, value in self.options.items()
         }
-        return Call({n: convert(n, t) for n, t in self.tensors.items()}, options)
+        return self.with_tensors({n: convert(n, t) for n, t in self.tensors.items()}, **options)
 
-    def with_options(self, **options) -> Call:
-        return replace(self, options=self.options | options)
+    def with_tensors(self, tensors: dict[str, Tensor], **options) -> Call:
+        """The same call with some tensors, and options, replaced."""
+        return replace(self, tensors=self.tensors | tensors, options=self.options | options)
+
+    def dense(self, n_bags: int) -> Call:
+        """With stored tensors [B * N, ...] as [B, N, ...]; a bias belongs to them."""
+        tensors = {
+            name: tensor.detach().unflatten(0, (n_bags, -1)).requires_grad_()
+            for name, tensor in self.tensors.items()
+            if name in self.stored or (name == "bias" and "key" in self.stored)
+        }
+        ranges = {k: None for k, v in self.options.items() if isinstance(v, Ragged)}
+        return self.with_tensors(tensors, **ranges)
 
 
 @dataclass(frozen=True)
@@ -110,6 +135,7 @@ class Op:
     make: Callable[[Case], Call]
     backends: tuple[str, ...]
     has_dropout: bool
+    registered: str = "pool_bag"  # the module whose registered op it calls
 
 
 def make_bag(case: Case, seed: int) -> tuple[torch.Generator, Tensor, Tensor | None, Ragged]:
@@ -178,6 +204,22 @@ def plain_weights(call: Call) -> tuple[Tensor, ...]:
     return run_weights(call, "reference")
 
 
+def cross_attention_op(name: str, make: Callable) -> Op:
+    def make_call(case: Case) -> Call:
+        tensors, options, stored = make(case)
+        return Call(tensors, options | {"scale": case.scale * 0.3}, stored)
+
+    return Op(
+        f"cross_attention, {name}",
+        run_cross_attention,
+        plain_of_cross_attention,
+        make_call,
+        ("tiled",),
+        has_dropout=True,
+        registered="cross_attention",
+    )
+
+
 OPS = (
     Op(
         "pool_bag",
@@ -219,5 +261,9 @@ OPS = (
         make_weights,
         ("tiled",),
         has_dropout=False,
+        registered="pool_weights",
     ),
+    cross_attention_op("few queries", make_few),
+    cross_attention_op("many queries", make_many),
+    cross_attention_op("both ragged", make_both),
 )

@@ -45,6 +45,30 @@ def plain_attention(
     return tuple(torch.stack(part) for part in zip(*outs, strict=True))
 
 
+def plain_cross_attention(query, key, value, *, bias, query_ragged, key_ragged, scale):
+    """out, lse: every weight formed, everything in the type of the longer side."""
+    dense = query.dim() == 4
+    kind = key.dtype if dense else query.dtype
+    outs = []
+    for b in range(len((key_ragged or query_ragged).lengths)):
+        q = _bag(query, query_ragged, b).to(kind)
+        k, v = _bag(key, key_ragged, b).to(kind), _bag(value, key_ragged, b).to(kind)
+        row_bias = k.new_zeros(k.shape[0])
+        if bias is not None:
+            row_bias = _bag(bias, key_ragged, b).to(kind)
+            k, v = (torch.where((row_bias == -torch.inf)[:, None, None], 0.0, t) for t in (k, v))
+        weights, lse = _softmax(scale * torch.einsum("nhe,khe->nhk", q, k) + row_bias)
+        outs.append((torch.einsum("nhk,khe->nhe", weights, v), lse))
+    return tuple((torch.stack if dense else torch.cat)(part) for part in zip(*outs, strict=True))
+
+
+def _bag(stored, ragged, b):
+    if ragged is None:
+        return stored[b]
+    start, length = int(ragged.starts[b]), int(ragged.lengths[b])
+    return stored[start : start + length]
+
+
 def _rows(bag: Tensor, bias: Tensor | None, start: int, length: int) -> tuple[Tensor, Tensor]:
     x = bag[start : start + length]
     if bias is None:

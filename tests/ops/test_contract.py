@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import zlib
 
@@ -10,7 +11,6 @@ import torch
 import torch._dynamo.utils
 from torch import Tensor
 
-from survfuse import ops
 from survfuse.native.core import CPU_ISAS, native_core
 from survfuse.ops.backends import backend_obstacle
 from tests.ops.contract import CASES, FAR_CASE, OPS, TARGETS, WIDE_CASES, Call, Case, Op
@@ -113,7 +113,7 @@ def check_budget(op: Op, backend: str, device: str, case: Case) -> None:
             continue
         call = made.to(dtype, device, wide=wide)
         # the exact result of the very numbers this type holds
-        exact_call = Call(call.tensors, call.options).to(torch.float64)
+        exact_call = call.to(torch.float64)
         exact = [r for part in grads_and_results(op, exact_call, "reference") for r in part]
         plain_call = call.to(dtype)
         plain = [r for part in _differentiate(plain_call, op.plain(plain_call)) for r in part]
@@ -199,23 +199,31 @@ def test_gradcheck_in_fp64(op, backend, device, case) -> None:
     tensors = {n: torch.nan_to_num(t.detach()).requires_grad_() for n, t in call.tensors.items()}
 
     def function(*values):
-        return op.function(Call(dict(zip(tensors, values, strict=True)), call.options), backend)
+        return op.function(call.with_tensors(dict(zip(tensors, values, strict=True))), backend)
 
     assert torch.autograd.gradcheck(function, tuple(tensors.values()), atol=1e-6, rtol=1e-4)
+
+
+def _padded(stored: Tensor) -> Tensor:
+    """The same values in rows that are longer, the rest of them NaN."""
+    wider = stored.new_full((*stored.shape[:-1], stored.shape[-1] + 9), torch.nan)
+    wider[..., :-9] = stored
+    return wider[..., :-9].requires_grad_()
+
+
+def _turned(stored: Tensor) -> Tensor:
+    """The same values with the last stride other than 1."""
+    return stored.mT.contiguous().mT.requires_grad_()
 
 
 @pytest.mark.parametrize(("op", "backend", "device", "case"), product_of([CASES[2]]))
 def test_strided_bags_are_read_in_place(op, backend, device, case) -> None:
     dtype = dtypes(backend, device)[-1]
     call = op.make(case).to(dtype, device)
-    bag = call.tensors["bag"].detach()
-    padded = torch.full((bag.shape[0], bag.shape[1] + 9), torch.nan, dtype=dtype, device=device)
-    padded[:, :-9] = bag
-    turned = bag.T.contiguous().T
     expected = grads_and_results(op, call, backend)
-    for view in (padded[:, :-9], turned):
-        strided = Call(call.tensors | {"bag": view.requires_grad_()}, call.options)
-        got = grads_and_results(op, strided, backend)
+    for make_view in (_padded, _turned):
+        views = {name: make_view(call.tensors[name].detach()) for name in call.stored}
+        got = grads_and_results(op, call.with_tensors(views), backend)
         for a, b in zip(itertools.chain(*expected), itertools.chain(*got), strict=True):
             assert_within_budget("strided", b, a, a.double(), dtype)
 
@@ -227,12 +235,10 @@ def test_strided_bags_are_read_in_place(op, backend, device, case) -> None:
 def test_dense_bags_are_ragged_bags_of_one_length(op, backend, device) -> None:
     case = Case("dense", ranges=((0, 7), (7, 7)), n_stored=14, norm=True)
     call = op.make(case).to(torch.float32, device)
-    dense = dict(call.tensors)
-    dense["bag"] = call.tensors["bag"].detach().view(2, 7, -1).requires_grad_()
     expected = grads_and_results(op, call, backend)
-    got = grads_and_results(op, Call(dense, call.options | {"ragged": None}), backend)
+    got = grads_and_results(op, call.dense(2), backend)
     for a, b in zip(itertools.chain(*expected), itertools.chain(*got), strict=True):
-        assert torch.equal(a, b.view(a.shape))
+        assert torch.equal(a.flatten(), b.flatten())
 
 
 @pytest.mark.parametrize(
@@ -245,10 +251,9 @@ def test_opcheck(op, backend, device) -> None:
 
     case = Case("small", ranges=((0, 5), (3, 4), (2, 0)), n_stored=8, dim=8, norm=True)
     call = op.make(case).to(torch.float32, device)
-    strided = torch.nan_to_num(call.tensors["bag"].detach()).repeat(1, 2)[:, :8]
-    call = Call(call.tensors | {"bag": strided.requires_grad_()}, call.options)
-    registered = ops.pool_weights if op.name == "pool_weights" else ops.pool_bag
-    module = __import__(registered.__module__, fromlist=["_forward"])
+    views = {name: _padded(torch.nan_to_num(call.tensors[name].detach())) for name in call.stored}
+    call = call.with_tensors(views)
+    module = importlib.import_module(f"survfuse.ops.{op.registered}")
     seen = []
     with mock.patch.object(module, "_forward", side_effect=module._forward) as spy:
         op.function(call, backend)
@@ -294,7 +299,7 @@ def test_checkpoint_recomputes_the_same_mask(op, backend, device) -> None:
         torch.manual_seed(5)
 
         def function(*values):
-            c = Call(dict(zip(call.tensors, values, strict=True)), call.options)
+            c = call.with_tensors(dict(zip(call.tensors, values, strict=True)))
             return op.function(c, backend, dropout_p=0.5)
 
         values = tuple(call.tensors.values())

@@ -1,0 +1,94 @@
+"""The entries of the contract suite with keys and values given, or with long queries."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from survfuse import Ragged, ops
+from tests.ops.plain import plain_cross_attention
+
+
+def make_few(case) -> tuple[dict[str, Tensor], dict, tuple[str, ...]]:
+    """A few queries per bag over ragged keys."""
+    g, starts, lengths = _start(case, 5)
+    tensors = {"query": _random(g, len(lengths), case.queries, case.heads, _dim(case))}
+    tensors |= _keys(g, case)
+    return tensors, {"key_ragged": Ragged.from_ranges(starts, lengths)}, ("key", "value")
+
+
+def make_many(case) -> tuple[dict[str, Tensor], dict, tuple[str, ...]]:
+    """Ragged queries over a few keys per bag, some of them excluded where the case has such."""
+    g, starts, lengths = _start(case, 6)
+    query = _random(g, case.n_stored, case.heads, _dim(case))
+    query[~case.covered_by_bags] = torch.nan
+    shape = (len(lengths), case.queries + 2)
+    tensors = {
+        "query": query,
+        "key": _random(g, *shape, case.heads, _dim(case)) + _offset(case),
+        "value": _random(g, *shape, case.heads, _dim(case) + 3) + _offset(case),
+    }
+    if case.bias:
+        bias = _random(g, *shape)
+        if case.excluded:
+            bias[:, 1] = -torch.inf
+            bias[-1] = -torch.inf
+            for name in ("key", "value"):
+                tensors[name][bias == -torch.inf] = torch.nan
+        tensors["bias"] = bias
+    return tensors, {"query_ragged": Ragged.from_ranges(starts, lengths)}, ("query",)
+
+
+def make_both(case) -> tuple[dict[str, Tensor], dict, tuple[str, ...]]:
+    """Ragged on either side, with the bags of the queries in another order."""
+    g, starts, lengths = _start(case, 7)
+    query = _random(g, case.n_stored, case.heads, _dim(case))
+    query[~case.covered_by_bags] = torch.nan
+    tensors = {"query": query} | _keys(g, case)
+    turn = slice(None, None, -1 if len(starts) > 2 else 1)
+    ranges = {
+        "query_ragged": Ragged.from_ranges(starts[turn], lengths[turn]),
+        "key_ragged": Ragged.from_ranges(starts, lengths),
+    }
+    return tensors, ranges, ("query", "key", "value")
+
+
+def run_cross_attention(call, backend: str | None, **options) -> tuple[Tensor, ...]:
+    return ops.cross_attention_with_lse(**call.tensors, **(call.options | options), backend=backend)
+
+
+def plain_of_cross_attention(call) -> tuple[Tensor, ...]:
+    options = {"bias": None, "query_ragged": None, "key_ragged": None}
+    return plain_cross_attention(**(options | call.tensors | call.options))
+
+
+def _start(case, seed: int):
+    starts, lengths = zip(*case.ranges, strict=True)
+    return torch.Generator().manual_seed(seed), starts, lengths
+
+
+def _keys(g: torch.Generator, case) -> dict[str, Tensor]:
+    tensors = {
+        "key": _random(g, case.n_stored, case.heads, _dim(case)) + _offset(case),
+        "value": _random(g, case.n_stored, case.heads, _dim(case) + 3) + _offset(case),
+    }
+    for tensor in tensors.values():
+        tensor[~case.covered] = torch.nan
+    if case.bias:
+        tensors["bias"] = _random(g, case.n_stored)
+        tensors["bias"][list(case.excluded)] = -torch.inf
+    return tensors
+
+
+def _random(g: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+
+def _dim(case) -> int:
+    """The head size: that of the case, but no wider than heads are."""
+    return case.dim if case.dim <= 128 else 72
+
+
+def _offset(case) -> float:
+    """Means that a normalisation would take away have no place here."""
+    return 0.0 if case.norm else case.mean
