@@ -9,6 +9,7 @@ from survfuse.reference.cross_attention import (
     cross_attention_with_lse,
 )
 from survfuse.reference.pool_bag import pool_bag, pool_weights
+from survfuse.reference.spread_tokens import spread_tokens
 from survfuse.reference.tokens_attend_bag import (
     tokens_attend_bag,
     tokens_attend_bag_weights,
@@ -21,6 +22,7 @@ __all__ = [
     "cross_attention_with_lse",
     "pool_bag",
     "pool_weights",
+    "spread_tokens",
     "tokens_attend_bag",
     "tokens_attend_bag_weights",
     "tokens_attend_bag_with_lse",

@@ -82,8 +82,8 @@ def cross_attention_backward(
     mean_gradients = mean_gradient(d_out, results.out)[..., None]
     for query_tile, key_tiles in tile_pairs(query, key, attention):
         q = read_queries(query_tile, query, key)
-        dz, mean = (_read_packed(query_tile, tensor) for tensor in (d_out, mean_gradients))
-        lse, d_lse = (_read_packed(query_tile, t[..., None]) for t in (results.lse, d_results.lse))
+        dz, mean = (read_packed(query_tile, tensor) for tensor in (d_out, mean_gradients))
+        lse, d_lse = (read_packed(query_tile, t[..., None]) for t in (results.lse, d_results.lse))
         d_q = torch.zeros(q.shape, dtype=kind, device=key.device)
         for tile in key_tiles:
             logits, v = score(tile, q, key, value, bias, attention.scale)
@@ -190,7 +190,7 @@ def by_row(values: Tensor, rows: slice | Tensor) -> Tensor:
     return values[0] if isinstance(rows, slice) else values
 
 
-def _read_packed(tile: Tile, tensor: Tensor) -> Tensor:
+def read_packed(tile: Tile, tensor: Tensor) -> Tensor:
     """Rows of a per-query result [total, H, e] as [B, H, n, e]."""
     if isinstance(tile.packed, slice):
         return tensor[tile.packed][None].transpose(1, 2)

@@ -13,8 +13,11 @@ from tests.ops.contract_attention import (
     make_both,
     make_few,
     make_many,
+    make_spread,
     plain_of_cross_attention,
+    plain_of_spread,
     run_cross_attention,
+    run_spread,
 )
 from tests.ops.plain import plain_attention, plain_pool_bag
 
@@ -204,6 +207,11 @@ def plain_weights(call: Call) -> tuple[Tensor, ...]:
     return run_weights(call, "reference")
 
 
+def make_spread_tokens(case: Case) -> Call:
+    tensors, options, stored = make_spread(case)
+    return Call(tensors, options | {"scale": case.scale}, stored)
+
+
 def cross_attention_op(name: str, make: Callable) -> Op:
     def make_call(case: Case) -> Call:
         tensors, options, stored = make(case)
@@ -266,4 +274,13 @@ OPS = (
     cross_attention_op("few queries", make_few),
     cross_attention_op("many queries", make_many),
     cross_attention_op("both ragged", make_both),
+    Op(
+        "spread_tokens",
+        run_spread,
+        plain_of_spread,
+        make_spread_tokens,
+        ("tiled",),
+        has_dropout=True,
+        registered="spread_tokens",
+    ),
 )
