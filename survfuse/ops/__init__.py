@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from survfuse.attention import Attended
 from survfuse.ops.backends import Selection, backend_obstacle, select_backend
+from survfuse.ops.bag_attends_tokens import bag_attends_tokens, bag_attends_tokens_with_lse
 from survfuse.ops.cross_attention import cross_attention, cross_attention_with_lse
 from survfuse.ops.pool_bag import pool_bag
 from survfuse.ops.pool_weights import pool_weights
@@ -21,6 +22,8 @@ __all__ = [
     "PooledBag",
     "Selection",
     "backend_obstacle",
+    "bag_attends_tokens",
+    "bag_attends_tokens_with_lse",
     "cross_attention",
     "cross_attention_with_lse",
     "pool_bag",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from survfuse.ops.absorption import absorbs, resolve_absorb
+from survfuse.ops.absorption import absorbs
 from survfuse.ops.backends import Selection, select_backend
 from survfuse.ops.pool_weights import check_weights_backend
 from survfuse.ragged import as_packed
@@ -55,7 +55,7 @@ def selected_backend(
         packed, ragged = as_packed(bag, ragged, tokens.shape[0])
         n_heads, head_dim = tokens.shape[2:]
         absorbed = absorbs(
-            resolve_absorb(absorb, backend),
+            absorb,
             n_queries=tokens.shape[1],
             n_heads=n_heads,
             head_dim=head_dim,

@@ -3,6 +3,7 @@
 Same names and arguments as `survfuse.ops`. These functions may materialise everything.
 """
 
+from survfuse.reference.bag_attends_tokens import bag_attends_tokens, bag_attends_tokens_with_lse
 from survfuse.reference.cross_attention import (
     cross_attention,
     cross_attention_weights,
@@ -17,6 +18,8 @@ from survfuse.reference.tokens_attend_bag import (
 )
 
 __all__ = [
+    "bag_attends_tokens",
+    "bag_attends_tokens_with_lse",
     "cross_attention",
     "cross_attention_weights",
     "cross_attention_with_lse",

@@ -93,7 +93,7 @@ def cross_attention_backward(
             weights = dropped(softmax, query_tile, tile, attention)
             if len(key_tiles) == 1:
                 # the mean of these very numbers: with few keys little but its rounding may be left
-                mean = (weights * d_weights).sum(-1, keepdim=True)
+                mean = mean_of_row(weights, d_weights, softmax)
             d_logits = weights * d_weights - softmax * mean + softmax * d_lse
             d_logits = torch.where(excluded, 0.0, d_logits)
             d_scores = (d_logits * attention.scale).to(v.dtype)
@@ -120,6 +120,12 @@ def mean_gradient(d_out: Tensor, out: Tensor) -> Tensor:
     """
     kind = torch.promote_types(out.dtype, torch.float32)
     return (d_out.double() * out.double()).sum(-1).to(kind)
+
+
+def mean_of_row(weights: Tensor, d_weights: Tensor, softmax: Tensor) -> Tensor:
+    """The same from all weights of a row [..., k], recomputed by an lse that was rounded."""
+    total = softmax.sum(-1, keepdim=True)
+    return (weights * d_weights).sum(-1, keepdim=True) / torch.where(total == 0, 1.0, total)
 
 
 def tile_pairs(

@@ -12,7 +12,13 @@ from torch import Tensor
 from survfuse.attention import Attended
 from survfuse.pooling import Pooling, SpreadNeeds, accumulation_type
 from survfuse.reference.dropout import keep_mask
-from survfuse.tiled.cross_attention import by_row, multiply, packed_rows, read_packed
+from survfuse.tiled.cross_attention import (
+    by_row,
+    mean_of_row,
+    multiply,
+    packed_rows,
+    read_packed,
+)
 from survfuse.tiled.pool_bag import add_rows, normalize_gradient, read_tile
 from survfuse.tiled.tiles import Tile, operand_type, product, tiles
 
@@ -77,7 +83,7 @@ def spread_tokens_backward(
             dz = read_packed(tile, d_results.out).to(operand)
             d_weights = multiply(dz, values[tile.bags].to(operand).mT)
             # of these very numbers, so that what is common to all values cancels
-            mean = (weights * d_weights).sum(-1, keepdim=True)
+            mean = mean_of_row(weights, d_weights, softmax)
             d_lse = read_packed(tile, d_results.lse[..., None])
             d_logits = weights * d_weights - softmax * mean + softmax * d_lse
             d_logits = _inside(tile, torch.where(excluded, 0.0, d_logits))

@@ -10,12 +10,15 @@ from torch import Tensor
 
 from survfuse import Ragged, ops
 from tests.ops.contract_attention import (
+    make_bag_attends,
     make_both,
     make_few,
     make_many,
     make_spread,
+    plain_of_bag_attends,
     plain_of_cross_attention,
     plain_of_spread,
+    run_bag_attends,
     run_cross_attention,
     run_spread,
 )
@@ -212,6 +215,22 @@ def make_spread_tokens(case: Case) -> Call:
     return Call(tensors, options | {"scale": case.scale}, stored)
 
 
+def bag_attends_op(name: str, absorb: str, backends: tuple[str, ...]) -> Op:
+    def make_call(case: Case) -> Call:
+        tensors, options, stored = make_bag_attends(case)
+        return Call(tensors, options | {"scale": case.scale}, stored)
+
+    return Op(
+        f"bag_attends_tokens, {name}",
+        lambda call, backend, **options: run_bag_attends(call, backend, absorb=absorb, **options),
+        plain_of_bag_attends,
+        make_call,
+        backends,
+        has_dropout=True,
+        registered="spread_tokens",
+    )
+
+
 def cross_attention_op(name: str, make: Callable) -> Op:
     def make_call(case: Case) -> Call:
         tensors, options, stored = make(case)
@@ -255,7 +274,7 @@ OPS = (
             **call.tensors,
             **(call.options | options),
             absorb="never",
-            backend=backend if backend == "reference" else None,
+            backend=backend,
         ),
         plain_of_attention,
         make_attention,
@@ -283,4 +302,6 @@ OPS = (
         has_dropout=True,
         registered="spread_tokens",
     ),
+    bag_attends_op("absorbed", "always", ("tiled",)),
+    bag_attends_op("formed", "never", ("tiled",)),
 )

@@ -289,13 +289,6 @@ def test_unknown_backend(op: str, options: dict) -> None:
 
 
 @pytest.mark.parametrize("backend", ["native", "triton"])
-@pytest.mark.parametrize("op", ["tokens_attend_bag", "tokens_attend_bag_with_lse"])
-def test_kernels_form_no_keys(op: str, backend: str) -> None:
-    message = f'backend={backend!r} cannot serve this call: with absorb="never" K and V are formed'
-    refuses(RuntimeError, message, op, backend=backend, absorb="never")
-
-
-@pytest.mark.parametrize("backend", ["native", "triton"])
 @pytest.mark.parametrize("op", ["pool_weights", "tokens_attend_bag_weights"])
 def test_weights_have_two_backends(op: str, backend: str) -> None:
     message = f'backend=\'{backend}\' cannot serve this call: only None, "reference" and "tiled"'
