@@ -241,7 +241,7 @@ def cross_attention_op(name: str, make: Callable) -> Op:
         run_cross_attention,
         plain_of_cross_attention,
         make_call,
-        ("tiled",),
+        ("tiled", "native"),
         has_dropout=True,
         registered="cross_attention",
     )
@@ -298,10 +298,10 @@ OPS = (
         run_spread,
         plain_of_spread,
         make_spread_tokens,
-        ("tiled",),
+        ("tiled", "native"),
         has_dropout=True,
         registered="spread_tokens",
     ),
-    bag_attends_op("absorbed", "always", ("tiled",)),
-    bag_attends_op("formed", "never", ("tiled",)),
+    bag_attends_op("absorbed", "always", ("tiled", "native")),
+    bag_attends_op("formed", "never", ("tiled", "native")),
 )
