@@ -60,7 +60,7 @@ def cross_attention_backward(
     *,
     isa: str = "auto",
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """d_query, d_key, d_value of the shapes of their inputs and d_bias [Tk]; None where unneeded."""
+    """d_query, d_key, d_value as their inputs, and d_bias [Tk]; None where not needed."""
     kind = accumulation_type(key.dtype)
     few = few_queries(attention)
     # wide results of few queries; what long queries were given stays in its type

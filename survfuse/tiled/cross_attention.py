@@ -90,10 +90,12 @@ def cross_attention_backward(
             excluded = (logits == -torch.inf) | (lse == -torch.inf)
             softmax = torch.where(excluded, 0.0, torch.exp(logits - lse))
             d_weights = multiply(dz, v.mT)
+            if len(key_tiles) == 1:
+                softmax = without_rounding_of_lse(softmax)
             weights = dropped(softmax, query_tile, tile, attention)
             if len(key_tiles) == 1:
                 # the mean of these very numbers: with few keys little but its rounding may be left
-                mean = mean_of_row(weights, d_weights, softmax)
+                mean = (weights * d_weights).sum(-1, keepdim=True)
             d_logits = weights * d_weights - softmax * mean + softmax * d_lse
             d_logits = torch.where(excluded, 0.0, d_logits)
             d_scores = (d_logits * attention.scale).to(v.dtype)
@@ -122,10 +124,10 @@ def mean_gradient(d_out: Tensor, out: Tensor) -> Tensor:
     return (d_out.double() * out.double()).sum(-1).to(kind)
 
 
-def mean_of_row(weights: Tensor, d_weights: Tensor, softmax: Tensor) -> Tensor:
-    """The same from all weights of a row [..., k], recomputed by an lse that was rounded."""
+def without_rounding_of_lse(softmax: Tensor) -> Tensor:
+    """All weights of rows [..., k], recomputed from lse, so that they sum to 1 again."""
     total = softmax.sum(-1, keepdim=True)
-    return (weights * d_weights).sum(-1, keepdim=True) / torch.where(total == 0, 1.0, total)
+    return softmax / torch.where(total == 0, 1.0, total)
 
 
 def tile_pairs(

@@ -14,10 +14,10 @@ from survfuse.pooling import Pooling, SpreadNeeds, accumulation_type
 from survfuse.reference.dropout import keep_mask
 from survfuse.tiled.cross_attention import (
     by_row,
-    mean_of_row,
     multiply,
     packed_rows,
     read_packed,
+    without_rounding_of_lse,
 )
 from survfuse.tiled.pool_bag import add_rows, normalize_gradient, read_tile
 from survfuse.tiled.tiles import Tile, operand_type, product, tiles
@@ -79,11 +79,12 @@ def spread_tokens_backward(
             row_lse = read_packed(tile, lse[..., None])
             excluded = (logits == -torch.inf) | (row_lse == -torch.inf)
             softmax = torch.where(excluded, 0.0, torch.exp(logits - row_lse))
+            softmax = without_rounding_of_lse(softmax)
             weights = _dropped(softmax, tile, pooling)
             dz = read_packed(tile, d_results.out).to(operand)
             d_weights = multiply(dz, values[tile.bags].to(operand).mT)
             # of these very numbers, so that what is common to all values cancels
-            mean = mean_of_row(weights, d_weights, softmax)
+            mean = (weights * d_weights).sum(-1, keepdim=True)
             d_lse = read_packed(tile, d_results.lse[..., None])
             d_logits = weights * d_weights - softmax * mean + softmax * d_lse
             d_logits = _inside(tile, torch.where(excluded, 0.0, d_logits))
