@@ -212,10 +212,12 @@ struct CrossAttentionBackwardKernel {
           grads[i] = scores[i] * (grads[i] - t.mean[i]) + scores[i] * t.top[i];
       }
       // a weight of 0 has no gradient, even where that of lse is infinite
+      Acc total = 0;
       for (int64_t i = 0; i < n; ++i) {
         if (t.sum[i] == 0) grads[i] = 0;
-        d_bias[r] += grads[i];
+        total += grads[i];
       }
+      d_bias[r] += total;
     }
   }
 
