@@ -249,32 +249,19 @@ struct CrossAttentionBackwardKernel {
   // The gradients of the tile's own rows.
   static void scatter(const CrossAttentionBackward& p, Tile& t, const Here& at) {
     const CrossAttentionParams& in = p.in;
-    void* d_long = t.few ? p.d_key : p.d_query;
-    if (d_long) {
-      if (at.head == 0 || !t.shared) std::memset(t.row1, 0, at.n * t.dim * sizeof(Acc));
+    if (void* d_long = t.few ? p.d_key : p.d_query) {
       t.turn(t.grads, at.n, static_cast<Acc>(in.scale));
-      accumulate<P>(t.turned, t.padded_short, at.n, t.short1 + at.head * t.padded_short * t.dim,
-                    t.dim, t.padded_short, t.dim, t.row1, t.dim);
-      if (!t.shared || at.head == in.n_heads - 1) {
-        const int64_t heads = t.shared ? 1 : in.n_heads, head = t.shared ? 0 : at.head;
-        for (int64_t i = 0; i < at.n; ++i) {
-          Acc* line = t.row1 + i * t.dim;
-          if (!t.few && in.normalize)
-            normalize_gradient(in.dim, at.x1 + i * at.ld1, t.rstd[i], line);
-          write(p, t, at, i, line, in.dim, d_long, (at.row + i) * heads + head);
-        }
-      }
+      const Element* a = t.short1 + at.head * t.padded_short * t.dim;
+      if (t.shared)
+        add_shared(p, t, at, a, d_long);
+      else
+        write_rows(p, t, at, a, in.dim, t.dim, t.row1, d_long);
     }
     if (!t.few) return;
     if (p.d_value) {
-      std::memset(t.row2, 0, at.n * t.value_dim * sizeof(Acc));
       t.turn(t.scores, at.n, 1);
-      accumulate<P>(t.turned, t.padded_short, at.n,
-                    t.short2 + at.head * t.padded_short * t.value_dim, t.value_dim, t.padded_short,
-                    t.value_dim, t.row2, t.value_dim);
-      for (int64_t i = 0; i < at.n; ++i)
-        write(p, t, at, i, t.row2 + i * t.value_dim, in.value_dim, p.d_value,
-              (at.row + i) * in.n_heads + at.head);
+      write_rows(p, t, at, t.short2 + at.head * t.padded_short * t.value_dim, in.value_dim,
+                 t.value_dim, t.row2, p.d_value);
     }
     if (p.d_bias) {
       Acc* d_bias = static_cast<Acc*>(p.d_bias) + at.row;
@@ -286,11 +273,40 @@ struct CrossAttentionBackwardKernel {
     }
   }
 
-  static void write(const CrossAttentionBackward& p, const Tile& t, const Here& at, int64_t i,
-                    Acc* line, int64_t width, void* target, int64_t row) {
-    // its weights are 0, but 0 times an infinite gradient is not
-    if (t.few && p.in.bias && t.excluded(at.row + i)) std::memset(line, 0, width * sizeof(Acc));
-    write_row(line, width, p.overlapping, p.d_long_type, target, row * width);
+  // Rows turned . a of one head, straight to where they go if that takes whole registers.
+  static void write_rows(const CrossAttentionBackward& p, Tile& t, const Here& at, const Element* a,
+                         int64_t width, int64_t padded, Acc* buffer, void* target) {
+    const CrossAttentionParams& in = p.in;
+    const int64_t step = in.n_heads * width, first = (at.row * in.n_heads + at.head) * width;
+    const bool straight = !p.overlapping && !in.normalize && !(t.few && in.bias) &&
+                          t.writes_rows(p.d_long_type, width, padded);
+    Acc* rows = straight ? static_cast<Acc*>(target) + first : buffer;
+    const int64_t ld = straight ? step : padded;
+    accumulate<P, true>(t.turned, t.padded_short, at.n, a, padded, t.padded_short, padded, rows,
+                        ld);
+    for (int64_t i = 0; !straight && i < at.n; ++i) {
+      Acc* line = rows + i * ld;
+      // its weights are 0, but 0 times an infinite gradient is not
+      if (t.few && in.bias && t.excluded(at.row + i)) std::memset(line, 0, width * sizeof(Acc));
+      write_row(line, width, p.overlapping, p.d_long_type, target, first + i * step);
+    }
+  }
+
+  // Rows all heads share: their gradients are added up, then go back through the normalisation.
+  static void add_shared(const CrossAttentionBackward& p, Tile& t, const Here& at, const Element* a,
+                         void* target) {
+    const CrossAttentionParams& in = p.in;
+    if (at.head == 0)
+      accumulate<P, true>(t.turned, t.padded_short, at.n, a, t.dim, t.padded_short, t.dim, t.row1,
+                          t.dim);
+    else
+      accumulate<P>(t.turned, t.padded_short, at.n, a, t.dim, t.padded_short, t.dim, t.row1, t.dim);
+    if (at.head < in.n_heads - 1) return;
+    for (int64_t i = 0; i < at.n; ++i) {
+      Acc* line = t.row1 + i * t.dim;
+      if (in.normalize) normalize_gradient(in.dim, at.x1 + i * at.ld1, t.rstd[i], line);
+      write_row(line, in.dim, p.overlapping, p.d_long_type, target, (at.row + i) * in.dim);
+    }
   }
 };
 

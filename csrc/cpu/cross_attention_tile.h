@@ -128,6 +128,12 @@ struct CrossAttentionTile {
     TileReader<P, Acc>(view).read(row, n, buffer, line, normalize ? rstd : nullptr, x, ldx);
   }
 
+  // Whether rows of results can be written by whole registers.
+  static bool writes_rows(ElementType type, int64_t width, int64_t padded) {
+    return width == padded &&
+           type == (sizeof(Acc) == 8 ? ElementType::kFloat64 : ElementType::kFloat32);
+  }
+
   Acc bias_of(int64_t key, int64_t head) const {
     return static_cast<const Acc*>(in.bias)[key * in.bias_row_stride + head * in.bias_head_stride];
   }

@@ -1,6 +1,6 @@
 // The two small matrix products of streaming attention, on vectors of T.
 //   dots:        S[r, i] = sum_d A[r, d] X[i, d]
-//   accumulate:  C[m, d] += sum_k W[m, k] X[k, d]
+//   accumulate:  C[m, d] += sum_k W[m, k] X[k, d], or = for fresh memory
 // Leading dimensions are in elements; d runs to `dim`, a multiple of the vector length.
 #pragma once
 
@@ -58,12 +58,13 @@ struct VectorProducts {
     for (int r = 0; r < ROWS; ++r) horizontal_sums<T, ITEMS>(sum[r], s + r * lds);
   }
 
-  template <int ROWS, int VECTORS>
+  template <int ROWS, int VECTORS, bool FRESH>
   static void accumulate_block(const T* w, int64_t ldw, const T* x, int64_t ldx, int64_t n_k, T* c,
                                int64_t ldc, const char* next, int64_t next_stride) {
     Vec<T> sum[ROWS][VECTORS];
     for (int m = 0; m < ROWS; ++m)
-      for (int v = 0; v < VECTORS; ++v) sum[m][v] = load(c + m * ldc + v * kLanes<T>);
+      for (int v = 0; v < VECTORS; ++v)
+        sum[m][v] = FRESH ? Vec<T>{} : load(c + m * ldc + v * kLanes<T>);
     for (int64_t k = 0; k < n_k; ++k) {
       Vec<T> xs[VECTORS];
       for (int v = 0; v < VECTORS; ++v) {
@@ -116,8 +117,8 @@ void dots(const typename P::Element* a, int64_t lda, int64_t n_rows, const typen
   }
 }
 
-// C[m, :dim] += W[m, :n_k] X[:n_k, :dim]; n_k is a multiple of P::kPairs.
-template <class P, class C>
+// C[m, :dim] += W[m, :n_k] X[:n_k, :dim], or = if FRESH; n_k is a multiple of P::kPairs.
+template <class P, bool FRESH = false, class C>
 void accumulate(const typename P::Weight* w, int64_t ldw, int64_t n_rows,
                 const typename P::Element* x, int64_t ldx, int64_t n_k, int64_t dim, C* c,
                 int64_t ldc, Prefetch next = {}) {
@@ -131,11 +132,11 @@ void accumulate(const typename P::Weight* w, int64_t ldw, int64_t n_rows,
       const char* ahead = block == 0 && next.rows ? next.rows + d * next.element_bytes : nullptr;
       with_constant<P::kRows>(height, [&](auto rows) {
         if (wide)
-          P::template accumulate_block<rows(), P::kVectors>(
+          P::template accumulate_block<rows(), P::kVectors, FRESH>(
               w + m * ldw, ldw, x + d, ldx, n_k, c + m * ldc + d, ldc, ahead, next.row_bytes);
         else
-          P::template accumulate_block<rows(), 1>(w + m * ldw, ldw, x + d, ldx, n_k,
-                                                  c + m * ldc + d, ldc, ahead, next.row_bytes);
+          P::template accumulate_block<rows(), 1, FRESH>(
+              w + m * ldw, ldw, x + d, ldx, n_k, c + m * ldc + d, ldc, ahead, next.row_bytes);
       });
       m += height;
     }
