@@ -8,6 +8,7 @@ from survfuse.reference.cross_attention import (
     cross_attention_weights,
     cross_attention_with_lse,
 )
+from survfuse.reference.merge_attention import merge_attention
 from survfuse.reference.pool_bag import pool_bag, pool_weights
 from survfuse.reference.tokens_attend_bag import (
     tokens_attend_bag,
@@ -19,6 +20,7 @@ __all__ = [
     "cross_attention",
     "cross_attention_weights",
     "cross_attention_with_lse",
+    "merge_attention",
     "pool_bag",
     "pool_weights",
     "tokens_attend_bag",
