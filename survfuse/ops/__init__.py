@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from survfuse.ops.backends import Selection, backend_obstacle, select_backend
 from survfuse.ops.cross_attention import cross_attention, cross_attention_with_lse
+from survfuse.ops.cross_attention_weights import cross_attention_weights
 from survfuse.ops.merge_attention import merge_attention, merge_over_group
 from survfuse.ops.pool_bag import pool_bag
 from survfuse.ops.pool_weights import pool_weights
@@ -20,6 +21,7 @@ __all__ = [
     "Selection",
     "backend_obstacle",
     "cross_attention",
+    "cross_attention_weights",
     "cross_attention_with_lse",
     "merge_attention",
     "merge_over_group",
