@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from survfuse.attention import BlockAttended, BlockSide
 from survfuse.ops.backends import Selection, backend_obstacle, select_backend
+from survfuse.ops.block_attention import block_attention
 from survfuse.ops.cross_attention import cross_attention, cross_attention_with_lse
 from survfuse.ops.cross_attention_weights import cross_attention_weights
 from survfuse.ops.merge_attention import merge_attention, merge_over_group
@@ -17,9 +19,12 @@ from survfuse.ops.tokens_attend_bag import (
 from survfuse.pooling import PooledBag
 
 __all__ = [
+    "BlockAttended",
+    "BlockSide",
     "PooledBag",
     "Selection",
     "backend_obstacle",
+    "block_attention",
     "cross_attention",
     "cross_attention_weights",
     "cross_attention_with_lse",

@@ -46,7 +46,11 @@ def merge_attention(
         >>> merge_attention(outs, lses)[0]
         tensor([[3.]])
     """
-    outs, lses = check_parts(outs, lses)
+    return merge_with_shares(*check_parts(outs, lses))[:2]
+
+
+def merge_with_shares(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """out, lse, and the share [parts, ..., H] of every part, of parts that were checked."""
     kind = torch.promote_types(outs[0].dtype, lses[0].dtype)
     stacked = torch.stack(lses).to(kind)
     absent = stacked == -torch.inf
@@ -63,7 +67,8 @@ def merge_attention(
     out = torch.zeros_like(outs[0], dtype=kind)
     for part, mine, gone in zip(outs, share, absent, strict=True):
         out = out + mine[..., None] * torch.where(gone[..., None], 0.0, part.to(kind))
-    return out.to(outs[0].dtype), lse.to(lses[0].dtype)
+    kind = lses[0].dtype
+    return out.to(outs[0].dtype), lse.to(kind), share.to(kind)
 
 
 def check_parts(

@@ -3,6 +3,7 @@
 Same names and arguments as `survfuse.ops`. These functions may materialise everything.
 """
 
+from survfuse.reference.block_attention import block_attention
 from survfuse.reference.cross_attention import (
     cross_attention,
     cross_attention_weights,
@@ -17,6 +18,7 @@ from survfuse.reference.tokens_attend_bag import (
 )
 
 __all__ = [
+    "block_attention",
     "cross_attention",
     "cross_attention_weights",
     "cross_attention_with_lse",
