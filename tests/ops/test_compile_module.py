@@ -113,3 +113,12 @@ def test_every_op_in_one_graph(dynamic: bool | None, graphs: int) -> None:
         for have, want in zip(got_gradients, expected_gradients, strict=True):
             torch.testing.assert_close(have, want)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= graphs
+
+
+@pytest.mark.usefixtures("_alone")
+def test_the_gathering_of_parts_is_a_proper_op() -> None:
+    from survfuse.ops.merge_attention import _gather
+
+    packed = torch.randn(2, 3, 5)
+    torch.library.opcheck(_gather, (packed, dist.group.WORLD.group_name, 1))
+    assert torch.equal(_gather(packed, dist.group.WORLD.group_name, 1), packed[None])
