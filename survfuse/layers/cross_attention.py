@@ -113,6 +113,7 @@ class CrossAttention(nn.MultiheadAttention):
         Args:
             query: [Lq, B, E]; [B, Lq, E] if `batch_first`; [Lq, E] without a batch.
             key: [Lk, B, kdim], or [B, Lk, kdim], or [Lk, kdim]; packed [T, kdim] with `ragged`.
+                Several bags whose length comes first are copied to lie one behind the other.
             value: likewise, of width vdim.
             key_padding_mask: [B, Lk], or [Lk] without a batch, or [T] with `ragged`: bool, True
                 leaves a key out; or floating, added to its logits. A key left out, or with -inf,
@@ -281,6 +282,10 @@ def _check_mask(mask: Tensor, key: Tensor, batched: bool, at: int) -> None:
         raise TypeError(f"key_padding_mask is {type(mask).__name__}; it must be a tensor")
     if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
         raise TypeError(f"key_padding_mask is {mask.dtype}; it must be bool or floating")
+    if mask.device != key.device:
+        raise ValueError(
+            f"key_padding_mask is on {mask.device} and the key on {key.device}; move one of them"
+        )
     if tuple(mask.shape) != tuple(wanted):
         raise ValueError(
             f"key_padding_mask has shape {tuple(mask.shape)}; it must be "

@@ -363,6 +363,11 @@ CALLS = {
         TypeError,
         "key_padding_mask is torch.int32; it must be bool or floating",
     ),
+    "mask elsewhere": (
+        {"key_padding_mask": torch.zeros(2, 9, device="meta")},
+        ValueError,
+        "key_padding_mask is on meta and the key on cpu; move one of them",
+    ),
     "no mask": ({"key_padding_mask": [0] * 9}, TypeError, "key_padding_mask is list; it must be a"),
 }
 
