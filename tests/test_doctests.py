@@ -44,6 +44,10 @@ def test_examples(name: str) -> None:
         ops.selected_backend,
         ops.spread_tokens,
         ops.tokens_attend_bag,
+        ops.cross_attention_weights,
+        ops.merge_attention,
+        ops.merge_over_group,
+        ops.block_attention,
     ],
     ids=lambda item: item.__name__,
 )

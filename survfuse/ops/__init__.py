@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from survfuse.attention import Attended
+from survfuse.attention import Attended, BlockAttended, BlockSide
 from survfuse.ops.backends import Selection, backend_obstacle, select_backend
 from survfuse.ops.bag_attends_tokens import bag_attends_tokens, bag_attends_tokens_with_lse
+from survfuse.ops.block_attention import block_attention
 from survfuse.ops.cross_attention import cross_attention, cross_attention_with_lse
+from survfuse.ops.cross_attention_weights import cross_attention_weights
+from survfuse.ops.merge_attention import merge_attention, merge_over_group
 from survfuse.ops.pool_bag import pool_bag
 from survfuse.ops.pool_weights import pool_weights
 from survfuse.ops.selection import selected_backend
@@ -19,13 +22,19 @@ from survfuse.pooling import PooledBag
 
 __all__ = [
     "Attended",
+    "BlockAttended",
+    "BlockSide",
     "PooledBag",
     "Selection",
     "backend_obstacle",
     "bag_attends_tokens",
     "bag_attends_tokens_with_lse",
+    "block_attention",
     "cross_attention",
+    "cross_attention_weights",
     "cross_attention_with_lse",
+    "merge_attention",
+    "merge_over_group",
     "pool_bag",
     "pool_weights",
     "select_backend",

@@ -20,7 +20,9 @@ from tests.ops.contract_attention import (
     plain_of_spread,
     run_bag_attends,
     run_cross_attention,
+    run_cross_attention_weights,
     run_spread,
+    with_lse,
 )
 from tests.ops.plain import plain_attention, plain_pool_bag
 
@@ -247,6 +249,27 @@ def cross_attention_op(name: str, make: Callable) -> Op:
     )
 
 
+def cross_attention_weights_op(name: str, make: Callable, reduce: str | None) -> Op:
+    def make_call(case: Case) -> Call:
+        scale = case.scale * 0.3
+        tensors, options, stored = with_lse(make)(case, scale)
+        return Call(tensors, options | {"scale": scale, "reduce": reduce}, stored)
+
+    def run(call: Call, backend: str | None, **options) -> tuple[Tensor, ...]:
+        by_query = make is make_many and reduce != "rows"
+        return run_cross_attention_weights(call, backend, by_query=by_query, **options)
+
+    return Op(
+        f"cross_attention_weights, {name}",
+        run,
+        lambda call: run(call, "reference"),
+        make_call,
+        ("tiled",),
+        has_dropout=False,
+        registered="cross_attention_weights",
+    )
+
+
 OPS = (
     Op(
         "pool_bag",
@@ -304,4 +327,7 @@ OPS = (
     ),
     bag_attends_op("absorbed", "always", ("tiled", "native")),
     bag_attends_op("formed", "never", ("tiled", "native")),
+    cross_attention_weights_op("few queries", make_few, None),
+    cross_attention_weights_op("many queries", make_many, None),
+    cross_attention_weights_op("both ragged", make_both, "rows"),
 )
