@@ -15,6 +15,7 @@ struct CrossAttentionBackwardKernel {
   // Rows of a tile: where they lie, and where their gradients go.
   struct Here {
     int64_t bag, head, row, position, n;
+    int64_t offset;  // among the rows whose logits are held
     const Element *x1, *x2;
     int64_t ld1, ld2;
   };
@@ -59,6 +60,7 @@ struct CrossAttentionBackwardKernel {
             item.row + done,
             item.position + done,
             std::min(height, item.length - done),
+            0,
             nullptr,
             nullptr,
             0,
@@ -77,6 +79,7 @@ struct CrossAttentionBackwardKernel {
         for (int64_t done = 0; done < item.length; done += t.height) {
           Here at = part_of(item, done, t.height);
           at.head = h;
+          at.offset = done;
           t.scores = scores + done;
           t.grads = grads + done;
           read(p, t, at, out_row);
@@ -263,13 +266,18 @@ struct CrossAttentionBackwardKernel {
       write_rows(p, t, at, t.short2 + at.head * t.padded_short * t.value_dim, in.value_dim,
                  t.value_dim, t.row2, p.d_value);
     }
-    if (p.d_bias) {
-      Acc* d_bias = static_cast<Acc*>(p.d_bias) + at.row;
-      for (int64_t i = 0; i < at.n; ++i) {
-        Acc total = 0;
-        for (int64_t r = 0; r < t.n_short; ++r) total += t.grads[r * t.ld_scores + i];
-        d_bias[i] = p.overlapping || at.head > 0 ? d_bias[i] + total : total;
-      }
+    if (p.d_bias) add_bias(p, t, at);
+  }
+
+  // A bag's gradient of the bias is the sum over its heads; bags that share the key add theirs.
+  static void add_bias(const CrossAttentionBackward& p, Tile& t, const Here& at) {
+    Acc* line = t.d_bias + at.offset;
+    Acc* d_bias = static_cast<Acc*>(p.d_bias) + at.row;
+    for (int64_t i = 0; i < at.n; ++i) {
+      Acc total = 0;
+      for (int64_t r = 0; r < t.n_short; ++r) total += t.grads[r * t.ld_scores + i];
+      line[i] = at.head > 0 ? line[i] + total : total;
+      if (at.head == p.in.n_heads - 1) d_bias[i] = p.overlapping ? d_bias[i] + line[i] : line[i];
     }
   }
 

@@ -46,7 +46,7 @@ struct CrossAttentionTile {
   Element *short1, *short2, *buffer1, *buffer2;
   Acc *line, *rstd, *scores, *grads, *row1, *row2;  // row1, row2: [height, dim or value_dim]
   Acc *top, *sum, *mean;                            // [height]
-  Acc* kept;                                        // [kLineRows]
+  Acc *kept, *d_bias;                               // [kLineRows]
   Weight *weights, *turned;                         // [R, height] and [height, R]
 
   // short_max: of the largest bag; it decides the height, so that one scratch serves all
@@ -91,6 +91,7 @@ struct CrossAttentionTile {
     sum = arena.take<Acc>(ld_scores);
     mean = arena.take<Acc>(ld_scores);
     kept = arena.take<Acc>(std::max(ld_scores, kLineRows));
+    d_bias = arena.take<Acc>(std::max(ld_scores, kLineRows));
     weights = arena.take<Weight>(padded_short * ld_scores);
     turned = arena.take<Weight>(ld_scores * padded_short);
     return arena.used;

@@ -13,7 +13,7 @@ from survfuse.ops import BlockSide
 
 B, LQ, H, D, WIDTH = 2, 3, 2, 4, 8
 # what is exported beside the ops: types, and what tells about backends
-NOT_OPS = {"Selection", "PooledBag", "BlockSide", "BlockAttended"}
+NOT_OPS = {"Attended", "Selection", "PooledBag", "BlockSide", "BlockAttended"}
 NOT_OPS |= {"backend_obstacle", "select_backend", "selected_backend"}
 
 
@@ -31,7 +31,27 @@ class EveryOp(nn.Module):
         pooled, lse, _ = ops.pool_bag(rows, bag, bias=bias, ragged=ragged, backend="tiled")
         found = {"pool_bag": pooled}
         found["pool_weights"] = ops.pool_weights(rows, bag, lse, bias=bias, ragged=ragged)
-        return found | self.attend_bag(bag, bias, ragged) | self.attend_keys(bag, bias, ragged)
+        return (
+            found
+            | self.attend_bag(bag, bias, ragged)
+            | self.ask_tokens(bag, ragged)
+            | self.attend_keys(bag, bias, ragged)
+        )
+
+    def ask_tokens(self, bag: Tensor, ragged: Ragged) -> dict[str, Tensor]:
+        keys = torch.einsum("bqhe,hed->bhqd", self.query, self.w_k)
+        spread = ops.spread_tokens(keys, keys, bag, ragged=ragged, dropout_p=0.1, backend="tiled")
+        tokens = (bag, self.w_k, self.query, self.query)
+        outs = [
+            ops.bag_attends_tokens(*tokens, ragged=ragged, absorb=absorb, backend="tiled")
+            for absorb in ("always", "never")
+        ]
+        out, lse = ops.bag_attends_tokens_with_lse(*tokens, ragged=ragged, backend="tiled")
+        return {
+            "spread_tokens": spread.out,
+            "bag_attends_tokens": outs[0] + outs[1],
+            "bag_attends_tokens_with_lse": out + lse[..., None],
+        }
 
     def attend_bag(self, bag: Tensor, bias: Tensor, ragged: Ragged) -> dict[str, Tensor]:
         projections = (self.query, bag, self.w_k)
