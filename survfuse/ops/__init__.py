@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from survfuse.ops.backends import Selection, backend_obstacle, select_backend
+from survfuse.ops.gated_attention_pool import gated_attention_pool
+from survfuse.ops.gated_attention_weights import gated_attention_weights
 from survfuse.ops.pool_bag import pool_bag
 from survfuse.ops.pool_weights import pool_weights
 from survfuse.ops.selection import selected_backend
@@ -11,12 +13,15 @@ from survfuse.ops.tokens_attend_bag import (
     tokens_attend_bag_weights,
     tokens_attend_bag_with_lse,
 )
-from survfuse.pooling import PooledBag
+from survfuse.pooling import GatedBag, PooledBag
 
 __all__ = [
+    "GatedBag",
     "PooledBag",
     "Selection",
     "backend_obstacle",
+    "gated_attention_pool",
+    "gated_attention_weights",
     "pool_bag",
     "pool_weights",
     "select_backend",
