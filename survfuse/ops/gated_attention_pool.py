@@ -34,6 +34,7 @@ from survfuse.reference.dropout import draw_seed
 
 _MODULES = {
     "tiled": "survfuse.tiled.gated_attention_pool",
+    "triton": "survfuse.triton_kernels.gated_attention_pool",
 }
 
 

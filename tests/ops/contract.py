@@ -259,7 +259,7 @@ OPS = (
         ),
         lambda call: plain_gated_attention_pool(**({"bias": None} | call.tensors | call.options)),
         make_gated,
-        ("tiled",),
+        ("tiled", "triton"),
         has_dropout=True,
     ),
     Op(
