@@ -16,7 +16,7 @@ def hidden_shape(problem: Problem, limits: Limits, n_hidden: int) -> dict[str, i
     half, roomy = problem.half, limits.shared_bytes > 100_000
     few = block_p <= 32
     # scores of many pools, and addresses of rows that are not aligned, take registers
-    block_t = 128 if half and few and problem.aligned else 64 if half or few else 32
+    block_t = 128 if half and block_p == 16 and problem.aligned else 64 if half or few else 32
     block_l = min(max(16, next_power(n_hidden)), 64 if half and few else 32)
     return {
         "BLOCK_P": block_p,

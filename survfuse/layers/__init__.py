@@ -1,6 +1,7 @@
 """Modules shared by models."""
 
 from survfuse.layers.feed_forward import GatedFeedForward
+from survfuse.layers.gated_attention_pool import GatedAttentionPool
 from survfuse.layers.latent_attention import BagCrossAttention, LatentSelfAttention
 
-__all__ = ["BagCrossAttention", "GatedFeedForward", "LatentSelfAttention"]
+__all__ = ["BagCrossAttention", "GatedAttentionPool", "GatedFeedForward", "LatentSelfAttention"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from survfuse import reference
-from survfuse.ops.backends import check_backend
+from survfuse.ops.backends import Selection, check_backend
 from survfuse.ops.checks import check_tensor
 from survfuse.ops.flops import flop_formula
 from survfuse.ops.gated_attention_pool import GATE_SCHEMA, GATED_NEEDS, check_gated
@@ -85,12 +85,7 @@ def gated_attention_weights(
         raise ValueError(f'reduce is {reduce!r}; it must be None or "rows"')
     check_tensor("lse", lse, shape=("B", w_score.shape[0]), device=bag.device)
     as_packed(packed, ragged, lse.shape[0])
-    check_backend(backend)
-    if backend in ("native", "triton"):
-        raise RuntimeError(
-            f"backend={backend!r} cannot serve this call: only None, "
-            '"reference" and "tiled" implement gated_attention_weights'
-        )
+    select_gated_weights_backend(backend, device=bag.device, dtype=bag.dtype)
     if backend == "reference":
         check_ranges_eagerly(packed, ragged)
         return reference.gated_attention_weights(
@@ -100,6 +95,21 @@ def gated_attention_weights(
     group = 1 if reduce is None else w_score.shape[0]
     weights = _forward(packed, *gate, bias, lse, *pooling[:9], group)
     return weights if reduce is None else weights.reshape(ragged.total)
+
+
+def select_gated_weights_backend(
+    requested: str | None, *, device: torch.device, dtype: torch.dtype
+) -> Selection:
+    """The backend of gated_attention_weights; arguments and errors as of `select_backend`."""
+    check_backend(requested)
+    if requested is None:
+        return Selection("tiled", "its only implementation beside the reference")
+    if requested in ("native", "triton"):
+        raise RuntimeError(
+            f"backend={requested!r} cannot serve this call: only None, "
+            '"reference" and "tiled" implement gated_attention_weights'
+        )
+    return Selection(requested, "asked for")
 
 
 _INPUTS = f"{GATE_SCHEMA}, Tensor? bias, Tensor lse, {POOLING_SCHEMA}, SymInt group"

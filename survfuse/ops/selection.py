@@ -6,10 +6,13 @@ from torch import Tensor
 
 from survfuse.ops.absorption import absorbs, resolve_absorb
 from survfuse.ops.backends import Selection, select_backend
+from survfuse.ops.gated_attention_pool import select_gated_backend
+from survfuse.ops.gated_attention_weights import select_gated_weights_backend
 from survfuse.ops.pool_weights import check_weights_backend
 from survfuse.ragged import as_packed
 
-_OPS = ("pool_bag", "pool_weights", "tokens_attend_bag")
+_GATED = ("gated_attention_pool", "gated_attention_weights")
+_OPS = ("pool_bag", "pool_weights", "tokens_attend_bag", *_GATED)
 
 
 def selected_backend(
@@ -24,9 +27,11 @@ def selected_backend(
     """The backend that a call would run on.
 
     Args:
-        op: "pool_bag", "pool_weights" or "tokens_attend_bag".
+        op: "pool_bag", "pool_weights", "tokens_attend_bag", "gated_attention_pool" or
+            "gated_attention_weights".
         tokens, bag, weights, ragged, absorb, backend: as in the call (weights: w_k and w_v of
-            `tokens_attend_bag`).
+            `tokens_attend_bag`). The gated operations have no tokens: theirs is the bag, and
+            parameters follow.
 
     Returns:
         The backend's name and the reason.
@@ -43,6 +48,9 @@ def selected_backend(
     """
     if op not in _OPS:
         raise ValueError(f"op is {op!r}; it must be one of {_OPS}")
+    if op in _GATED:
+        select = select_gated_backend if op == _GATED[0] else select_gated_weights_backend
+        return select(backend, device=tokens.device, dtype=tokens.dtype)
     if op == "pool_weights":
         if backend is None:
             return Selection("tiled", "its only implementation beside the reference")
