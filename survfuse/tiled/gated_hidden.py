@@ -75,6 +75,7 @@ class GatedTiles:
         small = self.operand if bag.device.type == "cpu" else self.kind
         self.tanh = Branch("tanh", gate.w_tanh.to(self.operand), gate.b_tanh, small)
         self.sigmoid = Branch("sigmoid", gate.w_gate.to(self.operand), gate.b_gate, small)
+        self.buffer: Tensor | None = None
         self.w_score = gate.w_score.to(self.kind)
         self.b_score = None if gate.b_score is None else gate.b_score.to(self.kind)
 
@@ -86,9 +87,18 @@ class GatedTiles:
             row_bias = torch.where(tile.valid, 0.0 if row_bias is None else row_bias, -torch.inf)
         if row_bias is not None:
             x = torch.where((row_bias == -torch.inf)[..., None], 0.0, x)
-        wide = x.to(self.pooled_as)
+        wide = self._widened(x)
         x = wide if self.operand == self.pooled_as else x.to(self.operand)
         return Rows(x.flatten(0, 1), wide, row_bias)
+
+    def _widened(self, x: Tensor) -> Tensor:
+        """The tile as it is pooled; a copy lives until the next tile is read."""
+        if x.dtype == self.pooled_as:
+            return x
+        # memory that is handed back and asked for again tile by tile costs as much as the copy
+        if self.buffer is None or self.buffer.numel() < x.numel():
+            self.buffer = x.new_empty(x.numel(), dtype=self.pooled_as)
+        return self.buffer[: x.numel()].view(x.shape).copy_(x)
 
     def hidden(self, rows: Rows) -> Hidden:
         """Both branches and their product."""
@@ -147,12 +157,10 @@ class GatedGradients:
         if self.d_biases is not None:
             self.d_biases += d_hidden.sum(0, dtype=call.kind)
         if self.d_weights is not None:
-            # turned in memory first: oneDNN multiplies that much faster than a strided view
-            self.d_weights += matmul(d_hidden.T.contiguous(), rows.x)
+            self.d_weights += matmul(d_hidden.T, rows.x)
         if self.d_bag is not None:
-            d_x = matmul(d_hidden, torch.cat([call.tanh.weight, call.sigmoid.weight])).view(
-                rows.wide.shape
-            )
+            d_x = matmul(d_hidden, torch.cat([call.tanh.weight, call.sigmoid.weight]))
+            d_x = d_x.view(rows.wide.shape)
             if weights is not None:
                 d_x = d_x + product(weights.mT.to(rows.wide.dtype), d_pooled.to(rows.wide.dtype))
             add_rows(self.d_bag, tile, included(d_x.to(call.kind), rows.bias))
@@ -228,6 +236,9 @@ def _by_onednn(x: Tensor) -> bool:
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
     """left [m, k] @ right [k, n]; fp32 (fp64 for fp64), or a 16-bit type on the CPU."""
-    if _by_onednn(left):
-        return _onednn_linear()(left, right.T, None, "none", [], None)
+    if left.dtype == torch.float32 and _by_onednn(left):
+        # turned in memory where it is not: oneDNN multiplies that faster than a strided view
+        return _onednn_linear()(left.contiguous(), right.T, None, "none", [], None)
+    if left.device.type == "cpu":
+        return torch.mm(left, right)
     return product(left[None], right[None])[0]
