@@ -1,4 +1,4 @@
-"""`gated_attention_pool`: a long bag and ragged batches, frozen and trained, against plain torch."""
+"""`gated_attention_pool`: a long bag, ragged batches, frozen and trained, against plain torch."""
 
 from __future__ import annotations
 

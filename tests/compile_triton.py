@@ -28,7 +28,6 @@ import torch
 import triton
 from compile_gated import GatedCase, gated_cases
 from survfuse.triton_kernels import (
-    gated_attention_pool,
     gated_attention_pool_passes,
     pool_bag,
     pool_bag_call,
@@ -49,7 +48,7 @@ TARGETS = {
 }
 OPTIONS = ("num_warps", "num_stages")
 # the modules that launch kernels
-LAUNCHERS = (pool_bag_passes, gated_attention_pool, gated_attention_pool_passes)
+LAUNCHERS = (pool_bag_passes, gated_attention_pool_passes)
 SPILLS_ARE_ERRORS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 TYPES = {
     torch.float32: "fp32",

@@ -15,11 +15,8 @@ from torch import Tensor
 
 from survfuse.pooling import Gate, GatedBag, GatedNeeds, PooledBag, Pooling
 
-from . import gated_attention_pool_shapes as shapes
 from . import pool_bag_passes as passes
-from . import pool_bag_shapes
-from .gated_attention_pool_hidden import gated_scores_kernel
-from .gated_attention_pool_passes import Gradients, as_multiplied, constants, row_inputs
+from .gated_attention_pool_passes import Gradients, as_multiplied, pool
 from .pool_bag_call import make_call
 
 
@@ -36,67 +33,7 @@ def gated_attention_pool_forward(
     pooled = torch.empty((n_bags, n_pools, bag.shape[1]), dtype=torch.float32, device=bag.device)
     if pooling.total == 0 or n_bags == 0:
         return GatedBag(pooled.zero_(), pooled.new_full((n_bags, n_pools), -torch.inf))
-    call = make_call(pooled, bag, bias, pooling)
-    weights = as_multiplied(gate, bag)
-    n_hidden = gate.w_tanh.shape[0]
-    scores = shapes.hidden_shape(call.problem, call.limits, n_hidden)
-    product = pool_bag_shapes.product_shape(call.problem, call.limits)
-    tile, stride = scores["BLOCK_T"], -(-n_pools // 16) * 16
-    programs = -(-n_pools // product["BLOCK_R"]) * -(-bag.shape[1] // product["BLOCK_D"])
-    row_bytes = stride * bag.element_size() + 4 + 16 * n_pools // tile
-    slots = call.plan(tile, programs=programs, row_bytes=row_bytes)
-    part, statistics = passes._partials(call, slots)
-    n_scratch = slots.chunk * slots.rows
-    coef = torch.empty((n_scratch, stride), dtype=bag.dtype, device=bag.device)
-    ref, total, kept = passes._planes(part, 3, n_scratch // tile * n_pools)
-    state = passes.State(pooled, call)
-    for first in range(0, slots.count, slots.chunk):
-        chunk = min(slots.chunk, slots.count - first)
-        gated_scores_kernel[(chunk * (slots.rows // tile),)](
-            *weights,
-            *row_inputs(call),
-            coef,
-            ref,
-            total,
-            kept,
-            n_bags,
-            bag.shape[0],
-            n_pools,
-            first,
-            slots.rows,
-            call.threshold,
-            call.row_stride,
-            stride,
-            **constants(call, n_hidden),
-            **scores,
-        )
-        passes.pool_bag_product_kernel[(chunk * programs,)](
-            bag,
-            call.bias,
-            call.starts,
-            call.lengths,
-            coef,
-            part,  # means of the rows: not normalised, never read
-            ref,
-            ref,
-            total,
-            kept,
-            part,
-            *statistics,
-            n_bags,
-            bag.shape[0],
-            n_pools,
-            first,
-            slots.rows,
-            call.scale,
-            call.row_stride,
-            stride,
-            **call.constants,
-            BLOCK_T=tile,
-            **product,
-        )
-        state.merge(part, statistics, first, chunk, slots.rows)
-    return GatedBag(*state.results[:2])
+    return pool(make_call(pooled, bag, bias, pooling), as_multiplied(gate, bag), pooled)
 
 
 def gated_attention_pool_backward(

@@ -1,18 +1,21 @@
-"""The launches of the backward of gated attention pooling, chunk by chunk."""
+"""The launches that make up gated attention pooling, chunk by chunk."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from survfuse.pooling import Gate, GatedNeeds
+from survfuse.pooling import Gate, GatedBag, GatedNeeds
 
 from . import gated_attention_pool_shapes as shapes
+from . import pool_bag_passes as passes
+from . import pool_bag_shapes
 from .gated_attention_pool_backward import (
     gated_bag_kernel,
     gated_hidden_kernel,
     gated_weights_kernel,
 )
+from .gated_attention_pool_hidden import gated_scores_kernel
 from .pool_bag_call import Call
 
 
@@ -35,6 +38,61 @@ def constants(call: Call, n_hidden: int) -> dict[str, object]:
     """What those kernels are compiled for, beside their blocks."""
     shared = {key: call.constants[key] for key in ("STRIDE_UNIT", "D", "PRECISION")}
     return {**shared, "L": n_hidden}
+
+
+def pool(call: Call, gate: Gate, pooled: Tensor) -> GatedBag:
+    """Fill pooled, and lse: scores of ours, then the product and merge of pool_bag's wide route."""
+    n_bags, n_pools, width = call.shape
+    n_hidden = gate.w_tanh.shape[0]
+    scores = shapes.hidden_shape(call.problem, call.limits, n_hidden)
+    product = pool_bag_shapes.product_shape(call.problem, call.limits)
+    tile, stride = scores["BLOCK_T"], -(-n_pools // 16) * 16
+    programs = -(-n_pools // product["BLOCK_R"]) * -(-width // product["BLOCK_D"])
+    row_bytes = stride * call.bag.element_size() + 4 + 16 * n_pools // tile
+    slots = call.plan(tile, programs=programs, row_bytes=row_bytes)
+    part, statistics = passes._partials(call, slots)
+    n_scratch = slots.chunk * slots.rows
+    coef = call.bag.new_empty((n_scratch, stride))
+    # per tile: the exponent its weights stand over, their sum, and that of the kept ones
+    sums = passes._planes(part, 3, n_scratch // tile * n_pools)
+    state = passes.State(pooled, call)
+    for first in range(0, slots.count, slots.chunk):
+        chunk = min(slots.chunk, slots.count - first)
+        sizes = (n_bags, call.bag.shape[0], n_pools, first, slots.rows)
+        gated_scores_kernel[(chunk * (slots.rows // tile),)](
+            *gate,
+            *row_inputs(call),
+            coef,
+            *sums,
+            *sizes,
+            call.threshold,
+            call.row_stride,
+            stride,
+            **constants(call, n_hidden),
+            **scores,
+        )
+        passes.pool_bag_product_kernel[(chunk * programs,)](
+            call.bag,
+            call.bias,
+            call.starts,
+            call.lengths,
+            coef,
+            part,  # in place of the rows' means: not normalised, never read
+            sums[0],
+            sums[0],  # the same
+            *sums[1:],
+            part,
+            *statistics,
+            *sizes,
+            call.scale,
+            call.row_stride,
+            stride,
+            **call.constants,
+            BLOCK_T=tile,
+            **product,
+        )
+        state.merge(part, statistics, first, chunk, slots.rows)
+    return GatedBag(*state.results[:2])
 
 
 class Gradients:

@@ -11,7 +11,7 @@ SLOT_ROWS = 256  # of the backward: a multiple of every block of rows
 
 
 def hidden_shape(problem: Problem, limits: Limits, n_hidden: int) -> dict[str, int]:
-    """Blocks of the kernels that compute the hidden layer; problem.n_rows is the number of pools."""
+    """Blocks of the kernels that compute the hidden layer; problem.n_rows counts the pools."""
     block_p = max(16, next_power(problem.n_rows))
     half, roomy = problem.half, limits.shared_bytes > 100_000
     few = block_p <= 32
