@@ -26,7 +26,14 @@ from typing import Any
 
 import torch
 import triton
-from survfuse.triton_kernels import pool_bag, pool_bag_call, pool_bag_passes, pool_bag_shapes
+from compile_gated import GatedCase, gated_cases
+from survfuse.triton_kernels import (
+    gated_attention_pool_passes,
+    pool_bag,
+    pool_bag_call,
+    pool_bag_passes,
+    pool_bag_shapes,
+)
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -40,6 +47,8 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 65536),
 }
 OPTIONS = ("num_warps", "num_stages")
+# the modules that launch kernels
+LAUNCHERS = (pool_bag_passes, gated_attention_pool_passes)
 SPILLS_ARE_ERRORS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 TYPES = {
     torch.float32: "fp32",
@@ -140,8 +149,23 @@ def _specialise(value: Any, plain: bool) -> tuple[str, bool]:
     return ("i32" if -(2**31) <= value < 2**31 else "i64"), not plain and value % 16 == 0
 
 
-def record(case: Case, limits: pool_bag_shapes.Limits) -> list[Launch]:
+def record(case: Case | GatedCase, limits: pool_bag_shapes.Limits) -> list[Launch]:
     """Every launch of a forward and of all gradients."""
+    recorders = []
+    with contextlib.ExitStack() as stack:
+        for module in LAUNCHERS:
+            for name in [name for name in dir(module) if name.endswith("_kernel")]:
+                recorders.append(Recorder(name, getattr(module, name), str(case)))
+                stack.callback(setattr, module, name, recorders[-1].kernel)
+                setattr(module, name, recorders[-1])
+        stack.callback(setattr, pool_bag_shapes, "device_limits", pool_bag_shapes.device_limits)
+        pool_bag_shapes.device_limits = lambda device: limits
+        case.launch() if isinstance(case, GatedCase) else launch_pool_bag(case)
+    return [launch for recorder in recorders for launch in recorder.launches]
+
+
+def launch_pool_bag(case: Case) -> None:
+    """A forward and all gradients of pool_bag."""
     n_bags, length = 4, 1000
     n_stored = n_bags * length
     bag = torch.empty((n_stored, case.width + case.padding), dtype=case.dtype)[:, : case.width]
@@ -163,28 +187,19 @@ def record(case: Case, limits: pool_bag_shapes.Limits) -> list[Launch]:
     )
     bias = per_stored if case.bias else None
     args = (rows, bag, bias, pooling)
-    names = [name for name in dir(pool_bag_passes) if name.endswith("_kernel")]
-    recorders = [Recorder(name, getattr(pool_bag_passes, name), str(case)) for name in names]
-    with contextlib.ExitStack() as stack:
-        for name, recorder in zip(names, recorders):
-            stack.callback(setattr, pool_bag_passes, name, recorder.kernel)
-            setattr(pool_bag_passes, name, recorder)
-        stack.callback(setattr, pool_bag_shapes, "device_limits", pool_bag_shapes.device_limits)
-        pool_bag_shapes.device_limits = lambda device: limits
-        results = pool_bag.pool_bag_forward(*args)
-        gradients = PooledBag(*map(torch.empty_like, results))
-        needs = Needs(rows=True, bag=True, bias=case.bias)
-        pool_bag.pool_bag_backward(gradients, results, *args, needs)
-        # a chunk after the first merges into what is there
-        call = pool_bag_call.make_call(*args)
-        state = pool_bag_passes.State(results.pooled, call)
-        part = torch.empty((2, case.n_rows, case.width))
-        state.n_merged = 1
-        state.merge(part, [part, part, part], 2, 2, 256)
-        per_query = torch.empty((n_bags, case.n_rows))
-        known = (part[..., 0], results.pooled, per_query)
-        pool_bag_passes.sum_slots(call, part, *known, results.pooled, 2, 2, 256)
-    return [launch for recorder in recorders for launch in recorder.launches]
+    results = pool_bag.pool_bag_forward(*args)
+    gradients = PooledBag(*map(torch.empty_like, results))
+    needs = Needs(rows=True, bag=True, bias=case.bias)
+    pool_bag.pool_bag_backward(gradients, results, *args, needs)
+    # a chunk after the first merges into what is there
+    call = pool_bag_call.make_call(*args)
+    state = pool_bag_passes.State(results.pooled, call)
+    part = torch.empty((2, case.n_rows, case.width))
+    state.n_merged = 1
+    state.merge(part, [part, part, part], 2, 2, 256)
+    per_query = torch.empty((n_bags, case.n_rows))
+    known = (part[..., 0], results.pooled, per_query)
+    pool_bag_passes.sum_slots(call, part, *known, results.pooled, 2, 2, 256)
 
 
 def cases(target: str, quick: bool) -> list[Case]:
@@ -246,7 +261,7 @@ def compile_launch(launch: Launch, target_name: str) -> dict[str, Any]:
     }
     try:
         source = ASTSource(
-            fn=getattr(pool_bag_passes, launch.kernel),
+            fn=next(vars(m)[launch.kernel] for m in LAUNCHERS if launch.kernel in vars(m)),
             signature=launch.signature,
             constexprs=launch.constants,
             attrs=launch.attributes,
@@ -308,7 +323,8 @@ def main() -> int:
         if name not in TARGETS:
             parser.error(f"unknown target {name!r}; known: {', '.join(TARGETS)}")
         limits = pool_bag_shapes.Limits(132, TARGETS[name][1])
-        for case in cases(name, options.quick):
+        gated = gated_cases(options.quick, every_type=name == "sm_90")
+        for case in [*cases(name, options.quick), *gated]:
             for launch in record(case, limits):
                 if options.only in f"{launch.kernel} {launch.case}":
                     work.setdefault((name, *launch.key()), (launch, name))

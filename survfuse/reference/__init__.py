@@ -10,6 +10,10 @@ from survfuse.reference.cross_attention import (
     cross_attention_weights,
     cross_attention_with_lse,
 )
+from survfuse.reference.gated_attention_pool import (
+    gated_attention_pool,
+    gated_attention_weights,
+)
 from survfuse.reference.merge_attention import merge_attention
 from survfuse.reference.pool_bag import pool_bag, pool_weights
 from survfuse.reference.spread_tokens import spread_tokens
@@ -26,6 +30,8 @@ __all__ = [
     "cross_attention",
     "cross_attention_weights",
     "cross_attention_with_lse",
+    "gated_attention_pool",
+    "gated_attention_weights",
     "merge_attention",
     "pool_bag",
     "pool_weights",

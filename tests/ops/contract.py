@@ -24,7 +24,7 @@ from tests.ops.contract_attention import (
     run_spread,
     with_lse,
 )
-from tests.ops.plain import plain_attention, plain_pool_bag
+from tests.ops.plain import plain_attention, plain_gated_attention_pool, plain_pool_bag
 
 CUDA = torch.cuda.is_available()
 # (backend, device); without a GPU, Triton runs under its interpreter
@@ -270,6 +270,38 @@ def cross_attention_weights_op(name: str, make: Callable, reduce: str | None) ->
     )
 
 
+def make_gated(case: Case) -> Call:
+    g, bag, bias, ragged = make_bag(case, 4)
+    n_hidden, n_pools = 5, case.queries
+    if case.norm:
+        # the op has no normalisation: whose features lie far from zero centres them first
+        bag = bag - case.mean
+    tensors = {
+        "bag": bag,
+        "w_tanh": random(g, n_hidden, case.dim, std=case.dim**-0.5),
+        "b_tanh": random(g, n_hidden),
+        "w_gate": random(g, n_hidden, case.dim, std=case.dim**-0.5),
+        "b_gate": random(g, n_hidden),
+        "w_score": random(g, n_pools, n_hidden),
+        "b_score": random(g, n_pools),
+    }
+    if bias is not None:
+        tensors["bias"] = bias
+    return Call(tensors, {"ragged": ragged})
+
+
+def run_gated_weights(call: Call, backend: str | None, **options) -> tuple[Tensor, ...]:
+    options = call.options | options
+    return (ops.gated_attention_weights(**call.tensors, **options, backend=backend),)
+
+
+def make_gated_weights(case: Case) -> Call:
+    call = make_gated(case)
+    with torch.no_grad():
+        lse = ops.gated_attention_pool(**call.tensors, **call.options, backend="reference").lse
+    return Call(call.tensors | {"lse": lse}, call.options)
+
+
 OPS = (
     Op(
         "pool_bag",
@@ -330,4 +362,24 @@ OPS = (
     cross_attention_weights_op("few queries", make_few, None),
     cross_attention_weights_op("many queries", make_many, None),
     cross_attention_weights_op("both ragged", make_both, "rows"),
+    Op(
+        "gated_attention_pool",
+        lambda call, backend, **options: tuple(
+            ops.gated_attention_pool(**call.tensors, **(call.options | options), backend=backend)
+        ),
+        lambda call: plain_gated_attention_pool(**({"bias": None} | call.tensors | call.options)),
+        make_gated,
+        ("tiled", "triton"),
+        has_dropout=True,
+        registered="gated_attention_pool",
+    ),
+    Op(
+        "gated_attention_weights",
+        run_gated_weights,
+        lambda call: run_gated_weights(call, "reference"),
+        make_gated_weights,
+        ("tiled",),
+        has_dropout=False,
+        registered="gated_attention_weights",
+    ),
 )

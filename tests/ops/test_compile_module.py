@@ -13,7 +13,7 @@ from survfuse.ops import BlockSide
 
 B, LQ, H, D, WIDTH = 2, 3, 2, 4, 8
 # what is exported beside the ops: types, and what tells about backends
-NOT_OPS = {"Attended", "Selection", "PooledBag", "BlockSide", "BlockAttended"}
+NOT_OPS = {"Attended", "Selection", "PooledBag", "GatedBag", "BlockSide", "BlockAttended"}
 NOT_OPS |= {"backend_obstacle", "select_backend", "selected_backend"}
 
 
@@ -35,6 +35,7 @@ class EveryOp(nn.Module):
             found
             | self.attend_bag(bag, bias, ragged)
             | self.ask_tokens(bag, ragged)
+            | self.pool_gated(bag, bias, ragged)
             | self.attend_keys(bag, bias, ragged)
         )
 
@@ -68,6 +69,15 @@ class EveryOp(nn.Module):
         found["tokens_attend_bag_with_lse"] = out
         weights = ops.tokens_attend_bag_weights(*projections, lse, reduce="heads", **options)
         return found | {"tokens_attend_bag_weights": weights}
+
+    def pool_gated(self, bag: Tensor, bias: Tensor, ragged: Ragged) -> dict[str, Tensor]:
+        hidden = self.w_k.flatten(0, 1)
+        shift = hidden.sum(1)
+        gate = (bag, hidden, shift, hidden.flip(0), shift, self.w_v.flatten(0, 1).T, None)
+        options = {"bias": bias, "ragged": ragged}
+        pooled, lse = ops.gated_attention_pool(*gate, backend="tiled", **options)
+        weights = ops.gated_attention_weights(*gate, lse, reduce="rows", **options)
+        return {"gated_attention_pool": pooled, "gated_attention_weights": weights}
 
     def attend_keys(self, bag: Tensor, bias: Tensor, ragged: Ragged) -> dict[str, Tensor]:
         key = torch.einsum("td,hed->the", bag, self.w_k)

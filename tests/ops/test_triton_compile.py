@@ -33,6 +33,7 @@ def test_kernels_compile_for_hopper_without_spills() -> None:
     assert kernels == {
         *("pool_bag_fwd", "pool_bag_merge", "pool_bag_bwd_rows", "pool_bag_sum"),
         *("pool_bag_prepare", "pool_bag_scores", "pool_bag_product", "pool_bag_bwd_bag"),
+        *("gated_scores", "gated_hidden", "gated_weights", "gated_bag"),
     }
 
 
