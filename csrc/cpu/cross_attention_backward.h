@@ -47,8 +47,7 @@ struct CrossAttentionBackwardKernel {
           few_queries(p, t, at, out_row, false);
         else
           few_keys(p, t, at, start, out_row + at.position, slot);
-        gather(p, t, at, slot);
-        scatter(p, t, at);
+        add_gradients(p, t, at, slot);
       }
     }
   }
@@ -92,10 +91,7 @@ struct CrossAttentionBackwardKernel {
       Here whole = part_of(item, 0, item.length);
       whole.head = h;
       few_queries(p, t, whole, out_row, true);
-      each_tile([&](const Here& at) {
-        gather(p, t, at, slot);
-        scatter(p, t, at);
-      });
+      each_tile([&](const Here& at) { add_gradients(p, t, at, slot); });
     }
   }
 
@@ -113,10 +109,10 @@ struct CrossAttentionBackwardKernel {
   // Both products of the tile with the short side.
   static void score(Tile& t, const Here& at) {
     const int64_t h = at.head;
-    dots<P>(t.short1 + h * t.padded_short * t.dim, t.dim, t.n_short, at.x1, at.ld1, at.n, t.dim,
-            t.scores, t.ld_scores, at.x1 != t.buffer1);
-    dots<P>(t.short2 + h * t.padded_short * t.value_dim, t.value_dim, t.n_short, at.x2, at.ld2,
-            at.n, t.value_dim, t.grads, t.ld_scores, at.x2 != t.buffer2);
+    t.score(t.short1 + h * t.padded_short * t.dim, t.dim, at.x1, at.ld1, at.n, t.scores,
+            at.x1 != t.buffer1);
+    t.score(t.short2 + h * t.padded_short * t.value_dim, t.value_dim, at.x2, at.ld2, at.n, t.grads,
+            at.x2 != t.buffer2);
   }
 
   // scores become the weights after dropout, grads the gradients of the logits.
@@ -231,42 +227,43 @@ struct CrossAttentionBackwardKernel {
         .apply(at.bag, at.position * in.n_heads + at.head, in.n_heads, r, 0, at.n, values);
   }
 
+  // All gradients a tile gives, from its weights and the gradients of its logits.
+  static void add_gradients(const CrossAttentionBackward& p, Tile& t, const Here& at,
+                            Slot<Acc>& slot) {
+    if (t.few && p.d_bias) add_bias(p, t, at);
+    const Acc scale = static_cast<Acc>(p.in.scale);
+    for (int64_t r = 0; r < t.n_short; ++r)
+      for (int64_t i = 0; i < at.n; ++i) t.grads[r * t.ld_scores + i] *= scale;
+    gather(p, t, at, slot);
+    scatter(p, t, at);
+  }
+
   // What the tile adds to the gradients of the short rows.
   static void gather(const CrossAttentionBackward& p, Tile& t, const Here& at, Slot<Acc>& slot) {
     const CrossAttentionParams& in = p.in;
     const int64_t ld1 = slot_columns(in.dim), ld2 = slot_columns(in.value_dim);
-    const int64_t first = at.head * t.n_short, n = round_up(at.n, P::kPairs);
-    if (t.few ? p.d_query != nullptr : p.d_key != nullptr) {
-      for (int64_t r = 0; r < t.n_short; ++r)
-        t.weigh_row(t.grads, r, at.n, static_cast<Acc>(in.scale));
-      accumulate<P>(t.weights, t.ld_weights, t.n_short, at.x1, at.ld1, n, t.dim,
-                    slot.first + first * ld1, ld1);
-    }
-    if (!t.few && p.d_value) {
-      for (int64_t r = 0; r < t.n_short; ++r) t.weigh_row(t.scores, r, at.n, 1);
-      accumulate<P>(t.weights, t.ld_weights, t.n_short, at.x2, at.ld2, n, t.value_dim,
-                    slot.second + first * ld2, ld2);
-    }
+    const int64_t first = at.head * t.n_short;
+    if (t.few ? p.d_query != nullptr : p.d_key != nullptr)
+      t.gather(t.grads, at.n, at.x1, at.ld1, t.dim, slot.first + first * ld1, ld1);
+    if (!t.few && p.d_value)
+      t.gather(t.scores, at.n, at.x2, at.ld2, t.value_dim, slot.second + first * ld2, ld2);
   }
 
   // The gradients of the tile's own rows.
   static void scatter(const CrossAttentionBackward& p, Tile& t, const Here& at) {
     const CrossAttentionParams& in = p.in;
     if (void* d_long = t.few ? p.d_key : p.d_query) {
-      t.turn(t.grads, at.n, static_cast<Acc>(in.scale));
       const Element* a = t.short1 + at.head * t.padded_short * t.dim;
       if (t.shared)
         add_shared(p, t, at, a, d_long);
       else
-        write_rows(p, t, at, a, in.dim, t.dim, t.row1, d_long);
+        write_rows(p, t, at, t.grads, a, in.dim, t.dim, t.row1, d_long);
     }
     if (!t.few) return;
     if (p.d_value) {
-      t.turn(t.scores, at.n, 1);
-      write_rows(p, t, at, t.short2 + at.head * t.padded_short * t.value_dim, in.value_dim,
-                 t.value_dim, t.row2, p.d_value);
+      write_rows(p, t, at, t.scores, t.short2 + at.head * t.padded_short * t.value_dim,
+                 in.value_dim, t.value_dim, t.row2, p.d_value);
     }
-    if (p.d_bias) add_bias(p, t, at);
   }
 
   // A bag's gradient of the bias is the sum over its heads; bags that share the key add theirs.
@@ -281,17 +278,17 @@ struct CrossAttentionBackwardKernel {
     }
   }
 
-  // Rows turned . a of one head, straight to where they go if that takes whole registers.
-  static void write_rows(const CrossAttentionBackward& p, Tile& t, const Here& at, const Element* a,
-                         int64_t width, int64_t padded, Acc* buffer, void* target) {
+  // Rows m^T . a of one head, straight to where they go if that takes whole registers.
+  static void write_rows(const CrossAttentionBackward& p, Tile& t, const Here& at, const Acc* m,
+                         const Element* a, int64_t width, int64_t padded, Acc* buffer,
+                         void* target) {
     const CrossAttentionParams& in = p.in;
     const int64_t step = in.n_heads * width, first = (at.row * in.n_heads + at.head) * width;
     const bool straight = !p.overlapping && !in.normalize && !(t.few && in.bias) &&
                           t.writes_rows(p.d_long_type, width, padded);
     Acc* rows = straight ? static_cast<Acc*>(target) + first : buffer;
     const int64_t ld = straight ? step : padded;
-    accumulate<P, true>(t.turned, t.padded_short, at.n, a, padded, t.padded_short, padded, rows,
-                        ld);
+    t.template scatter<true>(m, at.n, a, padded, rows, ld);
     for (int64_t i = 0; !straight && i < at.n; ++i) {
       Acc* line = rows + i * ld;
       // its weights are 0, but 0 times an infinite gradient is not
@@ -305,10 +302,9 @@ struct CrossAttentionBackwardKernel {
                          void* target) {
     const CrossAttentionParams& in = p.in;
     if (at.head == 0)
-      accumulate<P, true>(t.turned, t.padded_short, at.n, a, t.dim, t.padded_short, t.dim, t.row1,
-                          t.dim);
+      t.template scatter<true>(t.grads, at.n, a, t.dim, t.row1, t.dim);
     else
-      accumulate<P>(t.turned, t.padded_short, at.n, a, t.dim, t.padded_short, t.dim, t.row1, t.dim);
+      t.template scatter<false>(t.grads, at.n, a, t.dim, t.row1, t.dim);
     if (at.head < in.n_heads - 1) return;
     for (int64_t i = 0; i < at.n; ++i) {
       Acc* line = t.row1 + i * t.dim;

@@ -57,8 +57,8 @@ struct PairProducts {
   }
 
   template <int ROWS, int VECTORS, bool FRESH>
-  static void accumulate_block(const uint16_t* w, int64_t ldw, const uint16_t* x, int64_t ldx,
-                               int64_t n_k, float* c, int64_t ldc, const char* next,
+  static void accumulate_block(const uint16_t* w, int64_t ldw, int64_t, const uint16_t* x,
+                               int64_t ldx, int64_t n_k, float* c, int64_t ldc, const char* next,
                                int64_t next_stride) {
     // two rows of X interleaved: (x[k, d], x[k + 1, d]) side by side, d in natural order
     alignas(64) static const uint16_t kLow[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
