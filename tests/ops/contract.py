@@ -214,7 +214,7 @@ def cross_attention_op(name: str, make: Callable) -> Op:
         run_cross_attention,
         plain_of_cross_attention,
         make_call,
-        ("tiled",),
+        ("tiled", "triton"),
         has_dropout=True,
         registered="cross_attention",
     )
