@@ -50,6 +50,8 @@ class Call(NamedTuple):
                 for unit, t in zip(self.units[1:], stored)
             ),
             dropout=a.seed is not None,
+            bias=self.bias is not None,
+            wide_query=self.query.dtype.itemsize > self.key.dtype.itemsize,
         )
 
     @property

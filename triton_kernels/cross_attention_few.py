@@ -267,8 +267,7 @@ def cross_attention_few_bwd_kernel(
         result = (result + offs_q) * HEADS + head
         dz = load_head(d_out_ptr, result * DV, mask_q, DV, BLOCK_V)
         dz, dz_factor = round_rows(dz, dtype)
-        out = load_head(out_ptr, result * DV, mask_q, DV, BLOCK_V)
-        mean = mean_gradient(dz, dz_factor, out)
+        mean = mean_gradient(d_out_ptr, out_ptr, result * DV, mask_q, dz_factor, dtype, DV)
         lse = tl.load(lse_ptr + result, mask=mask_q, other=-float("inf"))
         d_lse = tl.load(d_lse_ptr + result, mask=mask_q, other=0.0)
 
@@ -321,7 +320,7 @@ def cross_attention_few_bwd_kernel(
             pair, _ = pieces_of_bag(
                 bag, key_starts_ptr, key_lengths_ptr, n_bags, n_keys, rows_per_piece, True
             )
-            pair += piece - (key_start // rows_per_piece).to(tl.int32)
+            pair += piece - (key_start.to(tl.uint32) // rows_per_piece.to(tl.uint32)).to(tl.int32)
             at = (pair.to(tl.int64) * HEADS + head) * query_max + offs_q
             factor = (unit if dtype == tl.float16 else unit + 1.0) * scale
             store_head(part_ptr, at * D, offs_q < query_max, acc * factor[:, None], D)

@@ -288,38 +288,32 @@ def cross_attention_bwd_query_kernel(
         lse = tl.load(lse_ptr + result, mask=mask_q, other=-float("inf"))
         d_lse = tl.load(d_lse_ptr + result, mask=mask_q, other=0.0)
         draws = offs_q * HEADS + head
-        if n_all <= BLOCK_N:
-            # the mean of the numbers below: with few keys little but its rounding may be left
-            _, softmax, dp = _tile(
-                q, q_factor, dz, dz_factor, lse,
-                key_start + offs_n, offs_n < n_all, offs_n, draws, bag,
-                key_ptr, value_ptr, bias_ptr, seed_ptr, threshold, keep_scale,
-                stride_key, stride_value, D, DV, PRECISION, BLOCK_D, BLOCK_V,
-            )  # fmt: skip
-            mean = tl.sum(softmax * dp, 1)
-        else:
-            out = load_head(out_ptr, result * DV, mask_q, DV, BLOCK_V)
-            mean = mean_gradient(dz, dz_factor, out)
-        if not SPLIT or position == 0:
-            tl.store(mean_ptr + result, mean, mask=mask_q)
-        if d_query_ptr is not None:
-            for n0 in range(0, count, BLOCK_N):
-                n = n0 + offs_n
-                k, softmax, dp = _tile(
+        mean = mean_gradient(d_out_ptr, out_ptr, result * DV, mask_q, dz_factor, dtype, DV)
+        if d_query_ptr is None:
+            # the mean alone, which needs no walk
+            count = tl.where(n_all <= BLOCK_N, count, 0)
+        for n0 in range(0, count, BLOCK_N):
+            n = n0 + offs_n
+            k, softmax, dp = _tile(
                     q, q_factor, dz, dz_factor, lse,
                     first_row + n, n < count, position + n, draws, bag,
                     key_ptr, value_ptr, bias_ptr, seed_ptr, threshold, keep_scale,
                     stride_key, stride_value, D, DV, PRECISION, BLOCK_D, BLOCK_V,
                 )  # fmt: skip
-                ds = logit_gradient(softmax, dp, mean[:, None], d_lse[:, None])
-                if dtype == tl.float16:
-                    # ds shrinks with the bag's length and with the loss: keep the largest at 1
-                    new = tl.maximum(unit, tl.max(tl.abs(ds), 1))
-                    safe = tl.where(new > 1e-30, new, 1.0)
-                    ds = ds / safe[:, None]
-                    acc = acc * (unit / safe)[:, None]
-                    unit = new
-                acc = tl.dot(ds.to(dtype), k, acc, input_precision=PRECISION)
+            if n_all <= BLOCK_N:
+                # the mean of these very numbers: with few keys little but its rounding is left
+                mean = tl.sum(softmax * dp, 1)
+            ds = logit_gradient(softmax, dp, mean[:, None], d_lse[:, None])
+            if dtype == tl.float16:
+                # ds shrinks with the bag's length and with the loss: keep the largest at 1
+                new = tl.maximum(unit, tl.max(tl.abs(ds), 1))
+                safe = tl.where(new > 1e-30, new, 1.0)
+                ds = ds / safe[:, None]
+                acc = acc * (unit / safe)[:, None]
+                unit = new
+            acc = tl.dot(ds.to(dtype), k, acc, input_precision=PRECISION)
+        if not SPLIT or position == 0:
+            tl.store(mean_ptr + result, mean, mask=mask_q)
         if SPLIT:
             bag = n_bags
         else:

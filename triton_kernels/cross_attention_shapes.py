@@ -35,11 +35,20 @@ class Problem(NamedTuple):
     value_dim: int
     aligned: bool  # rows of keys and values start at multiples of 16 bytes
     dropout: bool
+    bias: bool
+    wide_query: bool  # queries are fp32 over keys of 16 bits
 
     @property
     def half(self) -> bool:
         """The products run on tensor cores."""
         return self.dtype.itemsize == 2
+
+    @property
+    def crowded(self) -> bool:
+        """What costs registers: a mask of dropout, rows to round, loads in pieces, coefficients
+        that are kept in the range of fp16."""
+        fp16 = self.dtype == torch.float16
+        return self.dropout or self.wide_query or fp16 or not self.aligned
 
     @property
     def block_d(self) -> int:
@@ -75,71 +84,76 @@ def few_shape(problem: Problem, limits: Limits, *, backward: bool) -> dict[str, 
     """Blocks of the kernels that read keys once; None where queries are too many."""
     if problem.query_max > MAX_FEW:
         return None
-    wide = problem.widest
-    block_q = 16 if problem.query_max <= 16 else 32
-    row_bytes = (problem.block_d + problem.block_v) * problem.dtype.itemsize
-    if problem.half:
-        block_n = 32 if wide >= 256 or not problem.aligned else 64
-        # two programs share a processor: 64 KB in flight each hide the latency
-        room = min(65536, limits.shared_bytes // 2 - 16384)
-        stages = max(1, min(4, room // (block_n * row_bytes)))
+    wide, few = problem.widest, problem.query_max <= 16
+    if not problem.half:
+        blocks = _blocks(problem, 16 if few else 32, 16, 4 if few and wide < 256 else 8, 1)
+        return blocks
+    if backward:
+        rows = 32 if wide >= 128 or not few or problem.crowded else 64
+        rows = rows if wide < 256 and problem.aligned else 16
+        warps = 4 if few or wide < 256 else 8
     else:
-        block_n, stages = 16, 1
-    return {
-        "BLOCK_Q": block_q,
-        "BLOCK_N": block_n,
-        "BLOCK_D": problem.block_d,
-        "BLOCK_V": problem.block_v,
-        "num_warps": 4,
-        "num_stages": stages,
-    }
+        rows, warps = 32 if wide >= 256 else 64, 4
+    tile = rows * (problem.block_d + problem.block_v) * 2
+    # two programs share a processor, and 64 KB in flight are more than latency needs; a bias is
+    # loaded one step ahead of its mask
+    room = limits.shared_bytes // 2 - 24576
+    buffers = max(1, min(32768 // tile + 1, room // tile))
+    return _blocks(problem, 16 if few else 32, rows, warps, 1 + buffers + problem.bias)
 
 
 def forward_shape(problem: Problem, limits: Limits) -> dict[str, int]:
     """Blocks of cross_attention_many_fwd_kernel."""
-    rows = max(16, next_power(problem.query_max))
-    half, wide = problem.half, problem.widest
-    block_q = min(rows, 128 if half else 32)
-    block_n = (64 if wide >= 128 else 128) if half else 16
-    return {
-        "BLOCK_Q": block_q,
-        "BLOCK_N": block_n,
-        "BLOCK_D": problem.block_d,
-        "BLOCK_V": problem.block_v,
-        "num_warps": 8 if block_q * wide >= 128 * 128 else 4,
-        "num_stages": 3 if half and limits.shared_bytes > 100_000 else 1,
-    }
+    wide = problem.widest
+    if not problem.half:
+        return _blocks(problem, 32, 16, 4 if wide < 256 else 8, 1)
+    if limits.shared_bytes < 100_000:
+        return _blocks(problem, 64, 32 if wide >= 128 else 64, 4, 1)
+    rows = 64 if wide >= 256 or problem.query_max <= 64 else 128
+    keys = 32 if wide == 128 and problem.crowded else 64
+    return _blocks(problem, rows, keys, 8, 2 if wide >= 256 else 3)
 
 
 def query_shape(problem: Problem, limits: Limits) -> dict[str, int]:
     """Blocks of cross_attention_bwd_query_kernel."""
-    rows = max(16, next_power(problem.query_max))
-    half, wide = problem.half, problem.widest
-    return {
-        "BLOCK_Q": min(rows, (64 if wide >= 256 else 128) if half else 32),
-        "BLOCK_N": (32 if wide >= 256 else 64) if half else 16,
-        "BLOCK_D": problem.block_d,
-        "BLOCK_V": problem.block_v,
-        "num_warps": 8,
-        "num_stages": 2 if half and limits.shared_bytes > 100_000 else 1,
-    }
+    wide = problem.widest
+    if not problem.half:
+        return _blocks(problem, 32, 16, 8, 1)
+    rows = 64 if wide >= 256 or problem.query_max <= 64 or problem.crowded else 128
+    if wide >= 256 and problem.dtype == torch.float16:
+        rows = 32
+    keys = 16 if wide >= 256 else 32 if wide >= 128 else 64
+    return _blocks(problem, rows, keys, 8, 2 if limits.shared_bytes > 100_000 else 1)
 
 
 def key_shape(problem: Problem, limits: Limits) -> dict[str, int]:
-    """Blocks of cross_attention_bwd_key_kernel."""
-    rows = max(16, next_power(problem.key_max))
-    half, wide = problem.half, problem.widest
+    """Blocks of cross_attention_bwd_key_kernel, which holds two accumulators of a tile's size."""
+    wide, tight = problem.widest, problem.dtype == torch.float16 or not problem.aligned
+    if not problem.half:
+        return _blocks(problem, 16, 32 if wide < 256 else 16, 8, 1)
+    queries, warps = 32, 8
+    if wide >= 256:
+        keys = 16 if problem.crowded else 32
+    elif wide >= 128:
+        keys = 16 if tight else 32 if problem.crowded else 64
+    else:
+        keys = 64 if problem.crowded or problem.key_max <= 64 else 128
+    stages = 2 if limits.shared_bytes > 100_000 else 1
+    return _blocks(problem, queries, keys, warps, stages)
+
+
+def _blocks(problem: Problem, queries: int, keys: int, warps: int, stages: int) -> dict[str, int]:
     return {
-        "BLOCK_Q": (32 if wide >= 256 else 64) if half else 16,
-        "BLOCK_N": min(rows, (64 if wide >= 256 else 128) if half else 32),
+        "BLOCK_Q": queries,
+        "BLOCK_N": keys,
         "BLOCK_D": problem.block_d,
         "BLOCK_V": problem.block_v,
-        "num_warps": 8,
-        "num_stages": 2 if half and limits.shared_bytes > 100_000 else 1,
+        "num_warps": warps,
+        "num_stages": stages,
     }
 
 
-SUM = {"BLOCK_S": 64, "BLOCK_C": 64, "num_warps": 4, "num_stages": 2}
+SUM = {"BLOCK_S": 64, "BLOCK_C": 32, "num_warps": 4, "num_stages": 2}
 BLOCK_T = 1024
 
 

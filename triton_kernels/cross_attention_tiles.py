@@ -103,12 +103,30 @@ def logit_gradient(softmax, dp, mean, d_lse):
 
 
 @triton.jit
-def mean_gradient(dz, factor, out):
-    """[R] mean gradient of the weights of R rows, from dz [R, BLOCK_V] and what was pooled.
+def mean_gradient(
+    d_out_ptr,  # [total, H, DV] in
+    out_ptr,  # [total, H, DV] in
+    at,  # [R] offsets of rows
+    mask,
+    factor,  # of the rounded rows
+    dtype: tl.constexpr,
+    DV: tl.constexpr,
+):
+    """[R] mean gradient of the weights of R rows, from the rounded d_out and what was pooled.
 
     Each weight's gradient has it subtracted, and most of both cancels: this sum adds no rounding.
+    A few columns at a time, since fp64 takes two registers.
     """
-    return tl.sum(dz.to(tl.float64) * out.to(tl.float64), 1).to(tl.float32) * factor
+    total = tl.zeros(factor.shape, tl.float64)
+    for c0 in range(0, DV, 16):
+        cols = c0 + tl.arange(0, 16)
+        inside = mask[:, None] & (cols < DV)[None, :]
+        dz = tl.load(d_out_ptr + at[:, None] + cols[None, :], mask=inside, other=0.0)
+        if dtype == tl.float16:
+            dz = dz / factor[:, None]
+        out = tl.load(out_ptr + at[:, None] + cols[None, :], mask=inside, other=0.0)
+        total += tl.sum(dz.to(dtype).to(tl.float64) * out.to(tl.float64), 1)
+    return total.to(tl.float32) * factor
 
 
 @triton.jit
@@ -138,12 +156,15 @@ def rows_before(bag, starts_ptr, lengths_ptr, n_bags, n_stored):
 
 @triton.jit
 def _pieces(start, length, rows_per_piece, STORED: tl.constexpr):
+    # 64-bit division is a call that spills; rows are fewer than 2**32
+    rows = rows_per_piece.to(tl.uint32)
     if STORED:
         # of the stored rows: pieces that the bag touches
-        pieces = tl.cdiv(start + length, rows_per_piece) - start // rows_per_piece
+        end = (start + length + rows_per_piece - 1).to(tl.uint32)
+        pieces = end // rows - start.to(tl.uint32) // rows
         pieces = tl.where(length > 0, pieces, 0)
     else:
-        pieces = tl.cdiv(length, rows_per_piece)
+        pieces = (length + rows_per_piece - 1).to(tl.uint32) // rows
     return pieces.to(tl.int32)
 
 
