@@ -1,7 +1,11 @@
 // survfuse._native: one line per launcher. Pointers are integers; Python checks before it calls.
 #include <pybind11/pybind11.h>
 
+#include <string>
+#include <tuple>
+
 #include "cpu/cpu_features.h"
+#include "cross_attention.h"
 #include "device.h"
 #include "pool_bag.h"
 
@@ -68,6 +72,73 @@ int64_t workspace(int64_t n_bags, int64_t n_rows, int64_t dim, int64_t total, in
                             n_threads);
 }
 
+HeadRows head_rows(const py::dict& a, const std::string& name) {
+  const auto rows = a[name.c_str()].cast<std::tuple<uintptr_t, int, int64_t, int64_t>>();
+  return {pointer(std::get<0>(rows)), static_cast<ElementType>(std::get<1>(rows)),
+          std::get<2>(rows), std::get<3>(rows)};
+}
+
+CrossAttentionParams cross_attention_params(const py::dict& a) {
+  const auto address = [&](const char* name) { return pointer(a[name].cast<uintptr_t>()); };
+  CrossAttentionParams p{};
+  p.query = head_rows(a, "query");
+  p.key = head_rows(a, "key");
+  p.value = head_rows(a, "value");
+  p.bias = address("bias");
+  p.bias_row_stride = a["bias_row_stride"].cast<int64_t>();
+  p.bias_head_stride = a["bias_head_stride"].cast<int64_t>();
+  p.query_starts = static_cast<const int64_t*>(address("query_starts"));
+  p.query_lengths = static_cast<const int64_t*>(address("query_lengths"));
+  p.key_starts = static_cast<const int64_t*>(address("key_starts"));
+  p.key_lengths = static_cast<const int64_t*>(address("key_lengths"));
+  p.n_bags = a["n_bags"].cast<int64_t>();
+  p.n_heads = a["n_heads"].cast<int64_t>();
+  p.dim = a["dim"].cast<int64_t>();
+  p.value_dim = a["value_dim"].cast<int64_t>();
+  p.few_queries = a["few_queries"].cast<bool>();
+  p.scale = a["scale"].cast<double>();
+  p.normalize = a["normalize"].cast<bool>();
+  p.eps = a["eps"].cast<double>();
+  p.mean = address("mean");
+  p.rstd = address("rstd");
+  p.dropout_p = a["dropout_p"].cast<double>();
+  p.seed = a["seed"].cast<uint64_t>();
+  p.workspace = address("workspace");
+  p.n_threads = a["n_threads"].cast<int>();
+  p.isa = static_cast<CpuIsa>(a["isa"].cast<int>());
+  return p;
+}
+
+void cross_attention_forward(const py::dict& a) {
+  const CrossAttentionForward p{cross_attention_params(a), pointer(a["out"].cast<uintptr_t>()),
+                                static_cast<ElementType>(a["out_type"].cast<int>()),
+                                pointer(a["lse"].cast<uintptr_t>())};
+  py::gil_scoped_release release;
+  cross_attention_forward_cpu(p);
+}
+
+void cross_attention_backward(const py::dict& a) {
+  const auto address = [&](const char* name) { return pointer(a[name].cast<uintptr_t>()); };
+  CrossAttentionBackward p{};
+  p.in = cross_attention_params(a);
+  p.lse = address("lse");
+  p.mean = address("mean_gradient");
+  p.d_out = head_rows(a, "d_out");
+  p.d_lse = address("d_lse");
+  p.d_query = address("d_query");
+  p.d_key = address("d_key");
+  p.d_value = address("d_value");
+  p.d_bias = address("d_bias");
+  p.d_long_type = static_cast<ElementType>(a["d_long_type"].cast<int>());
+  p.overlapping = a["overlapping"].cast<bool>();
+  py::gil_scoped_release release;
+  cross_attention_backward_cpu(p);
+}
+
+int64_t attention_workspace(const py::dict& a) {
+  return cross_attention_workspace(cross_attention_params(a));
+}
+
 py::dict build_info() {
   py::dict info;
   info["compiler"] = __VERSION__;
@@ -111,4 +182,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("pool_bag_workspace", &workspace);
   m.def("pool_bag_forward", &pool_bag_forward);
   m.def("pool_bag_backward", &pool_bag_backward);
+  m.def("cross_attention_workspace", &attention_workspace);
+  m.def("cross_attention_forward", &cross_attention_forward);
+  m.def("cross_attention_backward", &cross_attention_backward);
 }

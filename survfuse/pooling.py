@@ -1,4 +1,4 @@
-"""What every implementation of `pool_bag` and `pool_weights` is told, and what it returns."""
+"""What every implementation of `pool_bag`, `pool_weights` and `spread_tokens` is told."""
 
 from __future__ import annotations
 
@@ -45,6 +45,15 @@ class Needs(NamedTuple):
     rows: bool
     bag: bool
     bias: bool
+
+
+class SpreadNeeds(NamedTuple):
+    """Which gradients of `spread_tokens` are wanted."""
+
+    keys: bool
+    values: bool
+    bag: bool
+    key_bias: bool
 
 
 def accumulation_type(dtype: torch.dtype) -> torch.dtype:

@@ -1,24 +1,13 @@
 // pool_bag on one contiguous range of a bag, for one instruction set and one type of products.
 #pragma once
 
-#include "cpu/philox.h"
+#include "cpu/gradients.h"
 #include "cpu/pool_bag_plan.h"
 #include "cpu/pool_bag_tile.h"
+#include "cpu/softmax.h"
 
 namespace survfuse {
 namespace {
-
-// Hands out a thread's scratch memory piece by piece; with base null it only counts the bytes.
-struct Arena {
-  char* base;
-  int64_t used = 0;
-  template <class T>
-  T* take(int64_t n) {
-    T* piece = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += round_up(n * static_cast<int64_t>(sizeof(T)), 64);
-    return piece;
-  }
-};
 
 template <class P, class Acc>
 struct PoolBagKernel {
@@ -65,29 +54,9 @@ struct PoolBagKernel {
         out[r * reader.dim + d] = P::element(d < in.dim ? from[r * in.dim + d] : 0);
   }
 
-  // exp(scores - shift), with excluded entries (-inf) exactly 0. n is padded to whole vectors.
-  static void exp_row(const Acc* scores, Acc shift, int64_t n, Acc* out) {
-    const Vec<Acc> shifts = splat(shift);
-    int64_t i = 0;
-    for (; i + kLanes<Acc> <= n; i += kLanes<Acc>)
-      store(out + i, vector_exp(load(scores + i) - shifts));
-    if (i < n) {
-      Acc tail[kLanes<Acc>] = {};
-      std::memcpy(tail, scores + i, (n - i) * sizeof(Acc));
-      store(tail, vector_exp(load(tail) - shifts));
-      std::memcpy(out + i, tail, (n - i) * sizeof(Acc));
-    }
-  }
-
   static void drop(const PoolBagParams& in, int64_t bag, int64_t r, int64_t position, int64_t n,
                    Acc* values) {
-    const uint32_t threshold = keep_threshold(in.dropout_p);
-    const Acc factor = static_cast<Acc>(1.0 / (1.0 - in.dropout_p));
-    for (int64_t i = 0; i < n; ++i) {
-      const uint32_t word = philox_word(in.seed, static_cast<uint32_t>(position + i),
-                                        static_cast<uint32_t>(r), static_cast<uint32_t>(bag));
-      values[i] = word >= threshold ? values[i] * factor : 0;
-    }
+    Dropout<Acc>(in.seed, in.dropout_p).apply(bag, r, 0, position, 1, n, values);
   }
 
   // Turns dot products into logits: scale, bias; an excluded row is -inf whatever it held.
@@ -276,40 +245,8 @@ struct PoolBagKernel {
       // its weights are 0, but 0 times an infinite gradient is not
       if (excludes(static_cast<const Acc*>(in.bias), row + i))
         std::memset(line, 0, in.dim * sizeof(Acc));
-      write_gradient(p, row + i, line);
+      write_row(line, in.dim, p.overlapping, p.d_bag_type, p.d_bag, (row + i) * in.dim);
     }
-  }
-
-  static void normalize_gradient(int64_t dim, const Element* x_hat, Acc rstd, Acc* line) {
-    Acc first = 0, second = 0;
-    for (int64_t d = 0; d < dim; ++d) {
-      first += line[d];
-      second += line[d] * value(x_hat[d]);
-    }
-    first /= dim;
-    second /= dim;
-    for (int64_t d = 0; d < dim; ++d) line[d] = rstd * (line[d] - first - value(x_hat[d]) * second);
-  }
-
-  static Acc value(Element e) {
-    if constexpr (std::is_same_v<Element, uint16_t>)
-      return bf16_to_float(e);
-    else
-      return e;
-  }
-
-  static void write_gradient(const PoolBagBackward& p, int64_t row, const Acc* line) {
-    const int64_t dim = p.in.dim, at = row * dim;
-    if (p.d_bag_type == ElementType::kBFloat16 || p.d_bag_type == ElementType::kFloat16) {
-      uint16_t* out = static_cast<uint16_t*>(p.d_bag) + at;
-      const bool bf16 = p.d_bag_type == ElementType::kBFloat16;
-      for (int64_t d = 0; d < dim; ++d)
-        out[d] = bf16 ? float_to_bf16(static_cast<float>(line[d]))
-                      : float_to_half(static_cast<float>(line[d]));
-      return;
-    }
-    Acc* out = static_cast<Acc*>(p.d_bag) + at;
-    for (int64_t d = 0; d < dim; ++d) out[d] = p.overlapping ? out[d] + line[d] : line[d];
   }
 };
 

@@ -1,6 +1,7 @@
 // One tile of a bag: rows brought to the type the products take, excluded rows zeroed, normalised.
 #pragma once
 
+#include "cpu/arena.h"
 #include "cpu/products.h"
 #include "pool_bag.h"
 
@@ -9,8 +10,6 @@ namespace {
 
 constexpr int64_t kTileBytes = 192 * 1024;  // a tile is read two or three times: keep it in L2
 constexpr int64_t kMaxTileRows = 64;
-
-inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 template <class Acc>
 inline bool excludes(const Acc* bias, int64_t row) {
@@ -71,20 +70,6 @@ struct TileReader {
     return {base + row * in.bag_stride * size, in.bag_stride * size, size};
   }
 
- private:
-  bool usable_in_place(int64_t row, int64_t n) const {
-    constexpr ElementType kSame = std::is_same_v<Element, float>    ? ElementType::kFloat32
-                                  : std::is_same_v<Element, double> ? ElementType::kFloat64
-                                                                    : ElementType::kBFloat16;
-    // many rows of queries walk a tile many times, which pays for a copy with a good stride
-    if (in.bag_type != kSame || in.normalize || dim != in.dim || n % P::kPairs || in.n_rows > 32)
-      return false;
-    const Acc* bias = static_cast<const Acc*>(in.bias);
-    for (int64_t i = 0; bias && i < n; ++i)
-      if (excludes(bias, row + i)) return false;
-    return true;
-  }
-
   // One stored row in the type of accumulation, padded by zeros.
   void convert(int64_t row, Acc* line) const {
     const int64_t at = row * in.bag_stride;
@@ -120,6 +105,20 @@ struct TileReader {
         break;
     }
     for (int64_t d = in.dim; d < dim; ++d) line[d] = 0;
+  }
+
+ private:
+  bool usable_in_place(int64_t row, int64_t n) const {
+    constexpr ElementType kSame = std::is_same_v<Element, float>    ? ElementType::kFloat32
+                                  : std::is_same_v<Element, double> ? ElementType::kFloat64
+                                                                    : ElementType::kBFloat16;
+    // many rows of queries walk a tile many times, which pays for a copy with a good stride
+    if (in.bag_type != kSame || in.normalize || dim != in.dim || n % P::kPairs || in.n_rows > 32)
+      return false;
+    const Acc* bias = static_cast<const Acc*>(in.bias);
+    for (int64_t i = 0; bias && i < n; ++i)
+      if (excludes(bias, row + i)) return false;
+    return true;
   }
 
   // Subtracts the mean, before squaring, so that |mean| >> std loses nothing; returns the factor.

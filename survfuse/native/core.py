@@ -35,3 +35,18 @@ def address(tensor: Tensor | None) -> int:
 def workspace(n_bytes: int) -> Tensor:
     """Uninitialised bytes for a launcher."""
     return torch.empty(n_bytes, dtype=torch.uint8)
+
+
+def rounds_products(dtype: torch.dtype, isa: str) -> bool:
+    """Whether the kernel multiplies bf16 pairs, and so rounds rows, weights and gradients."""
+    chosen = native_core().machine_info()["cpu_isa"] if isa == "auto" else isa
+    return dtype == torch.bfloat16 and chosen == "avx512bf16"
+
+
+def coverage(starts: Tensor, lengths: Tensor, n_rows: int) -> tuple[bool, bool]:
+    """Whether bags share rows, and whether they cover every row exactly once."""
+    order = starts.argsort()
+    first, count = starts[order], lengths[order]
+    first, count = first[count > 0], count[count > 0]
+    overlapping = bool((first[1:] < (first + count)[:-1]).any())
+    return overlapping, not overlapping and int(count.sum()) == n_rows

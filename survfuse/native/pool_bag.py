@@ -9,7 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from survfuse.native.core import CPU_ISAS, ELEMENT_TYPES, address, native_core, workspace
+from survfuse.native.core import (
+    CPU_ISAS,
+    ELEMENT_TYPES,
+    address,
+    coverage,
+    native_core,
+    rounds_products,
+    workspace,
+)
 from survfuse.pooling import Needs, PooledBag, Pooling, accumulation_type
 from survfuse.tiled.pool_bag import balance_rows, weighted_gradient
 
@@ -48,7 +56,7 @@ def pool_bag_backward(
         rounded = rounded.to(bag.dtype).to(kind)
     delta = weighted_gradient(rounded, d_results, results)
     d_rows = bag.new_empty(rows.shape, dtype=kind) if needs.rows else None
-    overlapping, covering = _coverage(pooling.starts, pooling.lengths, bag.shape[0])
+    overlapping, covering = coverage(pooling.starts, pooling.lengths, bag.shape[0])
     make = torch.empty if covering else torch.zeros
     # sums of overlapping bags are rounded once, at the end
     d_bag_type = kind if overlapping else bag.dtype
@@ -74,12 +82,6 @@ def pool_bag_backward(
     if d_rows is not None:
         balance_rows(d_rows, d_logit_sum, d_results.lse, results.pooled, pooling.scale)
     return d_rows, None if d_bag is None else d_bag.to(bag.dtype), d_bias
-
-
-def rounds_products(dtype: torch.dtype, isa: str) -> bool:
-    """Whether the kernel multiplies bf16 pairs, and so rounds rows, weights and gradients."""
-    chosen = native_core().machine_info()["cpu_isa"] if isa == "auto" else isa
-    return dtype == torch.bfloat16 and chosen == "avx512bf16"
 
 
 def _arguments(
@@ -122,12 +124,3 @@ def _arguments(
         "isa": CPU_ISAS.index(isa),
     }
     return arguments, [rows, bias, mean, rstd, starts, lengths, memory]
-
-
-def _coverage(starts: Tensor, lengths: Tensor, n_rows: int) -> tuple[bool, bool]:
-    """Whether bags share rows, and whether they cover every row exactly once."""
-    order = starts.argsort()
-    first, count = starts[order], lengths[order]
-    first, count = first[count > 0], count[count > 0]
-    overlapping = bool((first[1:] < (first + count)[:-1]).any())
-    return overlapping, not overlapping and int(count.sum()) == n_rows

@@ -88,6 +88,17 @@ def check_bias(bias: Tensor, bag: Tensor) -> Tensor:
     return bias.reshape(-1)
 
 
+def check_stats(stats: tuple[Tensor, Tensor] | None, packed: Tensor) -> None:
+    """Raise unless `stats` is None or the (mean [T], rstd [T]) of a packed bag."""
+    if stats is None:
+        return
+    if not isinstance(stats, tuple) or len(stats) != 2:
+        found = f"a tuple of {len(stats)}" if isinstance(stats, tuple) else type(stats).__name__
+        raise TypeError(f"stats is {found}; it must be a tuple of two tensors, (mean, rstd)")
+    for name, tensor in zip(("stats mean", "stats rstd"), stats, strict=True):
+        check_tensor(name, tensor, shape=(packed.shape[0],), device=packed.device)
+
+
 def check_reduce(reduce: str | None) -> None:
     """Raise unless `reduce` names a reduction of weights."""
     if reduce not in (None, "rows", "heads"):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from survfuse import reference
 from survfuse.attention import Attended, Attention, AttentionNeeds
-from survfuse.ops.backends import backend_obstacle, check_backend, select_backend
+from survfuse.ops.backends import Selection, check_backend, select_backend
 from survfuse.ops.checks import check_dropout, check_scale, check_tensor
 from survfuse.ops.flops import flop_formula
 from survfuse.ops.registration import (
@@ -205,27 +205,26 @@ _INPUTS = (
 )
 
 
-def choose(backend: str, key: Tensor, value: Tensor) -> str:
-    """The backend that serves these keys and values.
+def choose_for_heads(
+    stored: Tensor, head_dim: int, value_dim: int, backend: str | None
+) -> Selection:
+    """The backend that serves heads of this size in the type and on the device of `stored`.
 
     Raises:
         RuntimeError: the named one cannot; the message says why.
     """
-    wide = max(key.shape[-1], value.shape[-1])
-    if wide > _MAX_TRITON_HEAD and backend in ("", "triton"):
-        obstacle = backend_obstacle("triton", device=key.device, dtype=key.dtype)
-        if backend:
-            raise RuntimeError(
-                f"backend='triton' cannot serve this call: heads have {wide} channels, its kernels "
-                f"hold {_MAX_TRITON_HEAD}"
-            )
-        if obstacle is None and key.device.type != "cpu":
-            return "tiled"
-    return select_backend(backend or None, device=key.device, dtype=key.dtype, n_rows=1).backend
+    chosen = select_backend(backend, device=stored.device, dtype=stored.dtype, n_rows=1)
+    if chosen.backend != "triton" or max(head_dim, value_dim) <= _MAX_TRITON_HEAD:
+        return chosen
+    obstacle = f"heads have {max(head_dim, value_dim)} channels, Triton's hold {_MAX_TRITON_HEAD}"
+    if backend == "triton":
+        raise RuntimeError(f"backend='triton' cannot serve this call: {obstacle}")
+    return Selection("tiled", obstacle)
 
 
 def _implementation(backend: str, key: Tensor, value: Tensor):
-    return importlib.import_module(_MODULES[choose(backend, key, value)])
+    chosen = choose_for_heads(key, key.shape[-1], value.shape[-1], backend or None)
+    return importlib.import_module(_MODULES[chosen.backend])
 
 
 @torch.library.custom_op(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from survfuse import reference
 from survfuse.ops.backends import check_backend, select_backend
-from survfuse.ops.checks import check_bag, check_bias, check_dropout, check_tensor
+from survfuse.ops.checks import check_bag, check_bias, check_dropout, check_stats, check_tensor
 from survfuse.ops.flops import flop_formula
 from survfuse.ops.registration import (
     POOLING_SCHEMA,
@@ -129,12 +129,7 @@ def check_pooling(
     if bias is not None:
         bias = check_bias(bias, bag)
     packed, ragged = as_packed(bag, ragged, rows.shape[0])
-    if stats is not None:
-        if not isinstance(stats, tuple) or len(stats) != 2:
-            found = f"a tuple of {len(stats)}" if isinstance(stats, tuple) else type(stats).__name__
-            raise TypeError(f"stats is {found}; it must be a tuple of two tensors, (mean, rstd)")
-        for name, tensor in zip(("stats mean", "stats rstd"), stats, strict=True):
-            check_tensor(name, tensor, shape=(packed.shape[0],), device=bag.device)
+    check_stats(stats, packed)
     return packed, bias, ragged
 
 

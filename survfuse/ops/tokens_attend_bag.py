@@ -5,11 +5,14 @@ Oracle: survfuse/reference/tokens_attend_bag.py.  Math: docs/math.md, "Absorbing
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from survfuse import reference
-from survfuse.ops.absorption import absorbs, resolve_absorb
+from survfuse.ops.absorption import absorbs, check_absorb
+from survfuse.ops.backends import check_backend
 from survfuse.ops.checks import (
     check_bag,
     check_bias,
@@ -19,9 +22,10 @@ from survfuse.ops.checks import (
     check_scale,
     check_tensor,
 )
-from survfuse.ops.formed_attention import formed_attention
+from survfuse.ops.cross_attention import cross_attention_with_lse
 from survfuse.ops.pool_bag import pool_bag
 from survfuse.ops.pool_weights import pool_weights
+from survfuse.ops.project_bag import form_heads, packed_rows
 from survfuse.ops.registration import check_ranges_eagerly
 from survfuse.pooling import accumulation_type
 from survfuse.ragged import Ragged, as_packed
@@ -68,8 +72,8 @@ def tokens_attend_bag(
         scale: by default d ** -0.5.
         dropout_p: probability with which a weight is dropped.
         absorb: "auto" by a cost rule (docs/math.md), "always" or "never".
-        backend: None, "reference", "tiled", "triton" or "native". K and V are formed in plain
-            torch, so "triton" and "native" always absorb.
+        backend: None, "reference", "tiled", "triton" or "native". Where K and V are formed, torch
+            multiplies and the backend attends (`cross_attention`).
 
     Returns:
         [B, Lq, H, dv] of the type of `query`. A bag of no rows, or with every bias -inf, gives
@@ -138,7 +142,8 @@ def tokens_attend_bag_with_lse(
     )
     _check_scales(norm_eps, scale)
     check_dropout(dropout_p)
-    absorb = resolve_absorb(absorb, backend)
+    check_absorb(absorb)
+    check_backend(backend)
     if backend == "reference":
         check_ranges_eagerly(packed, ragged)
         return reference.tokens_attend_bag_with_lse(
@@ -170,10 +175,24 @@ def tokens_attend_bag_with_lse(
             n_bags=n_bags,
             total=ragged.total,
         ):
-            check_ranges_eagerly(packed, ragged)
-            norm = (norm_weight, norm_bias, norm_eps) if normalize else None
-            return formed_attention(
-                query, packed, w_k, w_v, b_k, b_v, norm, bias, ragged, scale, dropout_p
+            form = partial(
+                form_heads,
+                bag=packed,
+                norm_weight=norm_weight,
+                norm_bias=norm_bias,
+                norm_eps=norm_eps if normalize else None,
+                bias=bias,
+                ragged=ragged,
+            )
+            return cross_attention_with_lse(
+                query,
+                form(w_k, b_k),
+                form(w_v, b_v),
+                bias=None if bias is None else bias[packed_rows(ragged, packed.shape[0])],
+                key_ragged=ragged.packed(),
+                scale=scale,
+                dropout_p=dropout_p,
+                backend=backend,
             )
         pooled, lse, weight_sum = pool_bag(
             absorb_queries(query, w_k, norm_weight),

@@ -3,12 +3,14 @@
 Same names and arguments as `survfuse.ops`. These functions may materialise everything.
 """
 
+from survfuse.reference.bag_attends_tokens import bag_attends_tokens, bag_attends_tokens_with_lse
 from survfuse.reference.cross_attention import (
     cross_attention,
     cross_attention_weights,
     cross_attention_with_lse,
 )
 from survfuse.reference.pool_bag import pool_bag, pool_weights
+from survfuse.reference.spread_tokens import spread_tokens
 from survfuse.reference.tokens_attend_bag import (
     tokens_attend_bag,
     tokens_attend_bag_weights,
@@ -16,11 +18,14 @@ from survfuse.reference.tokens_attend_bag import (
 )
 
 __all__ = [
+    "bag_attends_tokens",
+    "bag_attends_tokens_with_lse",
     "cross_attention",
     "cross_attention_weights",
     "cross_attention_with_lse",
     "pool_bag",
     "pool_weights",
+    "spread_tokens",
     "tokens_attend_bag",
     "tokens_attend_bag_weights",
     "tokens_attend_bag_with_lse",

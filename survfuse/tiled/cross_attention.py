@@ -82,14 +82,16 @@ def cross_attention_backward(
     mean_gradients = mean_gradient(d_out, results.out)[..., None]
     for query_tile, key_tiles in tile_pairs(query, key, attention):
         q = read_queries(query_tile, query, key)
-        dz, mean = (_read_packed(query_tile, tensor) for tensor in (d_out, mean_gradients))
-        lse, d_lse = (_read_packed(query_tile, t[..., None]) for t in (results.lse, d_results.lse))
+        dz, mean = (read_packed(query_tile, tensor) for tensor in (d_out, mean_gradients))
+        lse, d_lse = (read_packed(query_tile, t[..., None]) for t in (results.lse, d_results.lse))
         d_q = torch.zeros(q.shape, dtype=kind, device=key.device)
         for tile in key_tiles:
             logits, v = score(tile, q, key, value, bias, attention.scale)
             excluded = (logits == -torch.inf) | (lse == -torch.inf)
             softmax = torch.where(excluded, 0.0, torch.exp(logits - lse))
             d_weights = multiply(dz, v.mT)
+            if len(key_tiles) == 1:
+                softmax = without_rounding_of_lse(softmax)
             weights = dropped(softmax, query_tile, tile, attention)
             if len(key_tiles) == 1:
                 # the mean of these very numbers: with few keys little but its rounding may be left
@@ -120,6 +122,12 @@ def mean_gradient(d_out: Tensor, out: Tensor) -> Tensor:
     """
     kind = torch.promote_types(out.dtype, torch.float32)
     return (d_out.double() * out.double()).sum(-1).to(kind)
+
+
+def without_rounding_of_lse(softmax: Tensor) -> Tensor:
+    """All weights of rows [..., k], recomputed from lse, so that they sum to 1 again."""
+    total = softmax.sum(-1, keepdim=True)
+    return softmax / torch.where(total == 0, 1.0, total)
 
 
 def tile_pairs(
@@ -190,7 +198,7 @@ def by_row(values: Tensor, rows: slice | Tensor) -> Tensor:
     return values[0] if isinstance(rows, slice) else values
 
 
-def _read_packed(tile: Tile, tensor: Tensor) -> Tensor:
+def read_packed(tile: Tile, tensor: Tensor) -> Tensor:
     """Rows of a per-query result [total, H, e] as [B, H, n, e]."""
     if isinstance(tile.packed, slice):
         return tensor[tile.packed][None].transpose(1, 2)

@@ -168,6 +168,8 @@ def _normalized(x: Tensor, eps: float, operand: torch.dtype) -> tuple[Tensor, Te
         return out.to(operand), rstd[..., 0]
     # torch's kernel computes x * rstd - mean * rstd, which loses digits where |mean| >> std
     centered = x - x.mean(-1, keepdim=True)
+    # once more: what rounding left of a large mean is common to all columns of the row
+    centered = centered - centered.mean(-1, keepdim=True)
     rstd = (centered.square().mean(-1) + eps).rsqrt()
     return centered * rstd[..., None], rstd
 

@@ -10,11 +10,17 @@ from torch import Tensor
 
 from survfuse import Ragged, ops
 from tests.ops.contract_attention import (
+    make_bag_attends,
     make_both,
     make_few,
     make_many,
+    make_spread,
+    plain_of_bag_attends,
     plain_of_cross_attention,
+    plain_of_spread,
+    run_bag_attends,
     run_cross_attention,
+    run_spread,
 )
 from tests.ops.plain import plain_attention, plain_pool_bag
 
@@ -204,6 +210,27 @@ def plain_weights(call: Call) -> tuple[Tensor, ...]:
     return run_weights(call, "reference")
 
 
+def make_spread_tokens(case: Case) -> Call:
+    tensors, options, stored = make_spread(case)
+    return Call(tensors, options | {"scale": case.scale}, stored)
+
+
+def bag_attends_op(name: str, absorb: str, backends: tuple[str, ...]) -> Op:
+    def make_call(case: Case) -> Call:
+        tensors, options, stored = make_bag_attends(case)
+        return Call(tensors, options | {"scale": case.scale}, stored)
+
+    return Op(
+        f"bag_attends_tokens, {name}",
+        lambda call, backend, **options: run_bag_attends(call, backend, absorb=absorb, **options),
+        plain_of_bag_attends,
+        make_call,
+        backends,
+        has_dropout=True,
+        registered="spread_tokens",
+    )
+
+
 def cross_attention_op(name: str, make: Callable) -> Op:
     def make_call(case: Case) -> Call:
         tensors, options, stored = make(case)
@@ -214,7 +241,7 @@ def cross_attention_op(name: str, make: Callable) -> Op:
         run_cross_attention,
         plain_of_cross_attention,
         make_call,
-        ("tiled", "triton"),
+        ("tiled", "native", "triton"),
         has_dropout=True,
         registered="cross_attention",
     )
@@ -247,7 +274,7 @@ OPS = (
             **call.tensors,
             **(call.options | options),
             absorb="never",
-            backend=backend if backend == "reference" else None,
+            backend=backend,
         ),
         plain_of_attention,
         make_attention,
@@ -266,4 +293,15 @@ OPS = (
     cross_attention_op("few queries", make_few),
     cross_attention_op("many queries", make_many),
     cross_attention_op("both ragged", make_both),
+    Op(
+        "spread_tokens",
+        run_spread,
+        plain_of_spread,
+        make_spread_tokens,
+        ("tiled", "native"),
+        has_dropout=True,
+        registered="spread_tokens",
+    ),
+    bag_attends_op("absorbed", "always", ("tiled", "native")),
+    bag_attends_op("formed", "never", ("tiled", "native")),
 )

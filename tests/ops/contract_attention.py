@@ -6,7 +6,11 @@ import torch
 from torch import Tensor
 
 from survfuse import Ragged, ops
-from tests.ops.plain import plain_cross_attention
+from tests.ops.plain import (
+    plain_bag_attends_tokens,
+    plain_cross_attention,
+    plain_spread_tokens,
+)
 
 
 def make_few(case) -> tuple[dict[str, Tensor], dict, tuple[str, ...]]:
@@ -51,6 +55,80 @@ def make_both(case) -> tuple[dict[str, Tensor], dict, tuple[str, ...]]:
         "key_ragged": Ragged.from_ranges(starts, lengths),
     }
     return tensors, ranges, ("query", "key", "value")
+
+
+def make_spread(case) -> tuple[dict[str, Tensor], dict, tuple[str, ...]]:
+    """A ragged bag over a few keys as wide as its rows."""
+    g, starts, lengths = _start(case, 8)
+    shape = (len(lengths), case.heads, case.queries + 2)
+    bag = _random(g, case.n_stored, case.dim) + case.mean
+    bag[~case.covered_by_bags] = torch.nan
+    tensors = {
+        "keys": _random(g, *shape, case.dim) * case.dim**-0.5,
+        "values": _random(g, *shape, 7),
+        "bag": bag,
+    }
+    if case.bias:
+        bias = _random(g, *shape)
+        if case.excluded:
+            bias[:, :, 1] = -torch.inf
+            bias[-1] = -torch.inf
+            for name in ("keys", "values"):
+                tensors[name][bias == -torch.inf] = torch.nan
+        tensors["key_bias"] = bias
+    options = {
+        "ragged": Ragged.from_ranges(starts, lengths),
+        "normalize_eps": 1e-5 if case.norm else None,
+    }
+    return tensors, options, ("bag",)
+
+
+def make_bag_attends(case) -> tuple[dict[str, Tensor], dict, tuple[str, ...]]:
+    """A ragged bag, projected, over a few tokens."""
+    g, starts, lengths = _start(case, 9)
+    heads, d, shape = case.heads, 5, (len(lengths), case.queries + 2)
+    bag = _random(g, case.n_stored, case.dim) + case.mean
+    bag[~case.covered_by_bags] = torch.nan
+    tensors = {
+        "bag": bag,
+        "w_q": _random(g, heads, d, case.dim) * case.dim**-0.5,
+        "key": _random(g, *shape, heads, d),
+        "value": _random(g, *shape, heads, 6),
+        "b_q": _random(g, heads, d),
+    }
+    if case.norm:
+        tensors["norm_weight"] = 1.0 + 0.3 * _random(g, case.dim)
+        tensors["norm_bias"] = 0.3 * _random(g, case.dim)
+    if case.bias:
+        bias = _random(g, *shape)
+        if case.excluded:
+            bias[:, 1] = -torch.inf
+            bias[-1] = -torch.inf
+            for name in ("key", "value"):
+                tensors[name][bias == -torch.inf] = torch.nan
+        tensors["key_bias"] = bias
+    return tensors, {"ragged": Ragged.from_ranges(starts, lengths)}, ("bag",)
+
+
+def run_bag_attends(call, backend: str | None, **options) -> tuple[Tensor, ...]:
+    return ops.bag_attends_tokens_with_lse(
+        **call.tensors, **(call.options | options), backend=backend
+    )
+
+
+def plain_of_bag_attends(call) -> tuple[Tensor, ...]:
+    optional = ("norm_weight", "norm_bias", "key_bias")
+    return plain_bag_attends_tokens(
+        **(dict.fromkeys(optional) | call.tensors | call.options), norm_eps=1e-5
+    )
+
+
+def run_spread(call, backend: str | None, **options) -> tuple[Tensor, ...]:
+    return tuple(ops.spread_tokens(**call.tensors, **(call.options | options), backend=backend))
+
+
+def plain_of_spread(call) -> tuple[Tensor, ...]:
+    return plain_spread_tokens(**({"key_bias": None} | call.tensors | call.options))
 
 
 def run_cross_attention(call, backend: str | None, **options) -> tuple[Tensor, ...]:

@@ -62,6 +62,43 @@ def plain_cross_attention(query, key, value, *, bias, query_ragged, key_ragged, 
     return tuple((torch.stack if dense else torch.cat)(part) for part in zip(*outs, strict=True))
 
 
+def plain_spread_tokens(keys, values, bag, *, key_bias, ragged, scale, normalize_eps):
+    """out, lse: every weight formed, everything in the type of the bag."""
+    outs = []
+    for b, (start, length) in enumerate(
+        zip(ragged.starts.tolist(), ragged.lengths.tolist(), strict=True)
+    ):
+        x = bag[start : start + length]
+        if normalize_eps is not None:
+            x = layer_norm(x, x.shape[-1:], eps=normalize_eps)
+        k, v = keys[b].to(x.dtype), values[b].to(x.dtype)
+        bias = k.new_zeros(k.shape[:2]) if key_bias is None else key_bias[b].to(x.dtype)
+        k, v = (torch.where((bias == -torch.inf)[..., None], 0.0, t) for t in (k, v))
+        weights, lse = _softmax(scale * torch.einsum("nd,hkd->nhk", x, k) + bias)
+        outs.append((torch.einsum("nhk,hke->nhe", weights, v), lse))
+    return tuple(torch.cat(part) for part in zip(*outs, strict=True))
+
+
+def plain_bag_attends_tokens(
+    bag, w_q, key, value, *, b_q, norm_weight, norm_bias, norm_eps, key_bias, ragged, scale
+):
+    """out, lse: queries projected, then attended, everything in the type of the bag."""
+    kind, outs = bag.dtype, []
+    for b, (start, length) in enumerate(
+        zip(ragged.starts.tolist(), ragged.lengths.tolist(), strict=True)
+    ):
+        x = bag[start : start + length]
+        if norm_weight is not None:
+            x = layer_norm(x, x.shape[-1:], norm_weight.to(kind), norm_bias.to(kind), norm_eps)
+        query = torch.einsum("nd,hed->nhe", x, w_q.to(kind)) + b_q.to(kind)
+        k, v = key[b].to(kind), value[b].to(kind)
+        bias = k.new_zeros(k.shape[0]) if key_bias is None else key_bias[b].to(kind)
+        k, v = (torch.where((bias == -torch.inf)[:, None, None], 0.0, t) for t in (k, v))
+        weights, lse = _softmax(scale * torch.einsum("nhe,khe->nhk", query, k) + bias)
+        outs.append((torch.einsum("nhk,khe->nhe", weights, v), lse))
+    return tuple(torch.cat(part) for part in zip(*outs, strict=True))
+
+
 def _bag(stored, ragged, b):
     if ragged is None:
         return stored[b]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import zlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -124,17 +125,20 @@ def check_budget(op: Op, backend: str, device: str, case: Case) -> None:
             assert_within_budget(f"{name} in {dtype}", g, p, e, dtype)
 
 
+NATIVE_OPS = [op for op in OPS if "native" in op.backends and "attend" not in op.name]
+
+
 @pytest.mark.parametrize("isa", CPU_ISAS[1:])
 @pytest.mark.parametrize("case", [CASES[5], CASES[10], WIDE_CASES[1]], **IDS)
-def test_native_on_every_instruction_set(case: Case, isa: str, monkeypatch) -> None:
+@pytest.mark.parametrize("op", NATIVE_OPS, **IDS)
+def test_native_on_every_instruction_set(op: Op, case: Case, isa: str, monkeypatch) -> None:
     if native_core() is None or not native_core().cpu_isa_available(CPU_ISAS.index(isa)):
         pytest.skip(f"this processor has no {isa}")
-    from survfuse.native import pool_bag as module
-
-    for name in ("pool_bag_forward", "pool_bag_backward"):
+    module = importlib.import_module(f"survfuse.native.{op.registered}")
+    for name in (f"{op.registered}_forward", f"{op.registered}_backward"):
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, f=original, **k: f(*a, **k, isa=isa))
-    check_budget(OPS[0], "native", "cpu", case)
+    check_budget(op, "native", "cpu", case)
 
 
 @pytest.mark.parametrize(
@@ -166,13 +170,16 @@ def test_same_call_twice_is_bitwise_equal(op, backend, device, case) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_threads_change_no_bit(threads: int) -> None:
-    call = OPS[0].make(WIDE_CASES[0]).to(torch.float32)
+@pytest.mark.parametrize("op", NATIVE_OPS, **IDS)
+def test_threads_change_no_bit(op: Op, threads: int) -> None:
+    # long enough to be cut into several chunks
+    case = replace(WIDE_CASES[0], ranges=((0, 2700), (1400, 1500)), n_stored=3000, dim=40)
+    call = op.make(case).to(torch.float32)
     before = torch.get_num_threads()
-    expected = grads_and_results(OPS[0], call, "native")
+    expected = grads_and_results(op, call, "native")
     torch.set_num_threads(threads)
     try:
-        got = grads_and_results(OPS[0], call, "native")
+        got = grads_and_results(op, call, "native")
     finally:
         torch.set_num_threads(before)
     for a, b in zip(itertools.chain(*expected), itertools.chain(*got), strict=True):
@@ -360,7 +367,8 @@ def test_tiles_in_lockstep_match_tiles_bag_by_bag(monkeypatch) -> None:
 
     monkeypatch.setattr(module, "_MAX_ROWS", 16)
     monkeypatch.setattr(module, "_MIN_ROWS", 16)
-    for op, case, dropout in itertools.product((OPS[0], OPS[3]), (CASES[5], CASES[-1]), (0.0, 0.3)):
+    tiled = [op for op in OPS if "attend" not in op.name]
+    for op, case, dropout in itertools.product(tiled, (CASES[5], CASES[-1]), (0.0, 0.3)):
         call = op.make(case).to(torch.float64)
         options = {"dropout_p": dropout} if op.has_dropout and dropout else {}
         outs = []

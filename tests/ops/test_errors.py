@@ -289,13 +289,6 @@ def test_unknown_backend(op: str, options: dict) -> None:
 
 
 @pytest.mark.parametrize("backend", ["native", "triton"])
-@pytest.mark.parametrize("op", ["tokens_attend_bag", "tokens_attend_bag_with_lse"])
-def test_kernels_form_no_keys(op: str, backend: str) -> None:
-    message = f'backend={backend!r} cannot serve this call: with absorb="never" K and V are formed'
-    refuses(RuntimeError, message, op, backend=backend, absorb="never")
-
-
-@pytest.mark.parametrize("backend", ["native", "triton"])
 @pytest.mark.parametrize("op", ["pool_weights", "tokens_attend_bag_weights"])
 def test_weights_have_two_backends(op: str, backend: str) -> None:
     message = f'backend=\'{backend}\' cannot serve this call: only None, "reference" and "tiled"'
@@ -399,8 +392,7 @@ class TestSelectedBackend:
     """`selected_backend` refuses what the call itself would refuse."""
 
     def test_unknown_op(self) -> None:
-        names = "('pool_bag', 'pool_weights', 'tokens_attend_bag')"
-        with pytest.raises(ValueError, match=re.escape(f"op is 'pool'; it must be one of {names}")):
+        with pytest.raises(ValueError, match=re.escape("op is 'pool'; it must be one of ('pool_")):
             ops.selected_backend("pool", POOL["rows"], POOL["bag"], ragged=RAGGED)
 
     def test_unknown_backend(self) -> None:
@@ -417,14 +409,14 @@ class TestSelectedBackend:
             ops.selected_backend("tokens_attend_bag", *tensors, ragged=RAGGED, absorb="maybe")
 
     def test_weights_of_the_projections(self) -> None:
-        with pytest.raises(TypeError, match="weights are 0 tensors; they must be two, w_k and w_v"):
+        with pytest.raises(TypeError, match="takes 4 of them: query, bag, w_k, w_v"):
             ops.selected_backend("tokens_attend_bag", ATTEND["query"], ATTEND["bag"])
 
     def test_says_what_runs(self) -> None:
         tensors = [ATTEND[name] for name in ("query", "bag", "w_k", "w_v")]
         chosen = ops.selected_backend("tokens_attend_bag", *tensors, ragged=RAGGED, absorb="never")
-        assert chosen.backend == "tiled"
-        assert "K and V are formed" in chosen.reason
+        assert chosen.backend in ("native", "tiled")
+        assert "torch forms K and V" in chosen.reason
         chosen = ops.selected_backend("pool_weights", POOL["rows"], POOL["bag"])
         assert chosen.backend == "tiled"
 

@@ -1,0 +1,165 @@
+// The two sides of one work item, as the products of cross_attention take them.
+#pragma once
+
+#include "cpu/cross_attention_plan.h"
+#include "cpu/pool_bag_tile.h"
+#include "cpu/softmax.h"
+
+namespace survfuse {
+namespace {
+
+constexpr int64_t kLineRows = 512;           // of a bag whose logits are held together
+constexpr int64_t kScoreBytes = 256 * 1024;  // logits of a tile; their gradients take as much again
+
+inline int64_t element_bytes(ElementType type) {
+  return type == ElementType::kFloat64 ? 8 : type == ElementType::kFloat32 ? 4 : 2;
+}
+
+// Rows of one head, as TileReader describes a bag.
+inline PoolBagParams head_view(const HeadRows& rows, int64_t head, int64_t dim, const void* bias,
+                               int64_t n_short) {
+  PoolBagParams view{};
+  view.bag =
+      static_cast<const char*>(rows.data) + head * rows.head_stride * element_bytes(rows.type);
+  view.bag_type = rows.type;
+  view.bag_stride = rows.row_stride;
+  view.dim = dim;
+  view.bias = bias;
+  view.n_rows = n_short;
+  return view;
+}
+
+template <class P, class Acc>
+struct CrossAttentionTile {
+  using Element = typename P::Element;
+  using Weight = typename P::Weight;
+
+  const CrossAttentionParams& in;
+  bool few, shared;
+  int64_t n_short, dim, value_dim;  // padded to whole vectors
+  int64_t height;                   // rows of a tile
+  int64_t ld_scores, ld_weights;    // columns of scores and grads, and of weights
+  int64_t padded_short;             // short rows, in whole groups of P::kPairs
+
+  // short1, short2: [H, padded_short, dim or value_dim]; few queries: query and gradient of out;
+  // few keys: key and value. The long side: key and value, or query and gradient of out.
+  Element *short1, *short2, *buffer1, *buffer2;
+  Acc *line, *rstd, *scores, *grads, *row1, *row2;  // row1, row2: [height, dim or value_dim]
+  Acc *top, *sum, *mean;                            // [height]
+  Acc* kept;                                        // [kLineRows]
+  Weight *weights, *turned;                         // [R, height] and [height, R]
+
+  // short_max: of the largest bag; it decides the height, so that one scratch serves all
+  CrossAttentionTile(const CrossAttentionParams& params, int64_t n_short_rows, int64_t short_max)
+      : in(params),
+        few(params.few_queries),
+        shared(!params.few_queries && params.query.head_stride == 0),
+        n_short(n_short_rows),
+        dim(round_up(params.dim, P::kAlign)),
+        value_dim(round_up(params.value_dim, P::kAlign)),
+        padded_short(round_up(n_short_rows, P::kPairs)) {
+    const PoolBagParams wide = head_view(params.key, 0, std::max(dim, value_dim), nullptr, 1);
+    const int64_t fit =
+        kScoreBytes / static_cast<int64_t>(sizeof(Acc)) / std::max<int64_t>(1, short_max);
+    height = std::min(TileReader<P, Acc>(wide).tile_rows, std::max<int64_t>(8, fit / 8 * 8));
+    ld_scores = ld_weights = round_up(height, std::max<int64_t>(kLanes<Acc>, P::kPairs));
+  }
+
+  // Whether all logits of a bag of this length fit the memory of a tile's.
+  bool holds(int64_t length) const {
+    return length <= kLineRows && padded_short * round_up(length, kLanes<Acc>) <= score_room();
+  }
+
+  int64_t score_room() const {
+    return std::max(padded_short * ld_weights, kScoreBytes / static_cast<int64_t>(sizeof(Acc)));
+  }
+
+  int64_t lay_out(Arena arena) {
+    const int64_t rows = in.n_heads * padded_short,
+                  pad = 64 / static_cast<int64_t>(sizeof(Element));
+    short1 = arena.take<Element>(rows * dim);
+    short2 = arena.take<Element>(rows * value_dim);
+    buffer1 = arena.take<Element>(ld_scores * (dim + pad));
+    buffer2 = arena.take<Element>(ld_scores * (value_dim + pad));
+    line = arena.take<Acc>(std::max(dim, value_dim));
+    rstd = arena.take<Acc>(ld_scores);
+    scores = arena.take<Acc>(score_room());
+    grads = arena.take<Acc>(score_room());
+    row1 = arena.take<Acc>(ld_scores * dim);
+    row2 = arena.take<Acc>(ld_scores * value_dim);
+    top = arena.take<Acc>(ld_scores);
+    sum = arena.take<Acc>(ld_scores);
+    mean = arena.take<Acc>(ld_scores);
+    kept = arena.take<Acc>(std::max(ld_scores, kLineRows));
+    weights = arena.take<Weight>(padded_short * ld_scores);
+    turned = arena.take<Weight>(ld_scores * padded_short);
+    return arena.used;
+  }
+
+  // The short rows of one kind, converted, those behind the last zero. bias: excluded rows are
+  // zero.
+  void load_short(const HeadRows& rows, int64_t start, int64_t width, int64_t padded_width,
+                  bool with_bias, Element* out) {
+    const Acc* bias =
+        with_bias && in.bias_head_stride == 0 ? static_cast<const Acc*>(in.bias) : nullptr;
+    std::memset(out, 0, in.n_heads * padded_short * padded_width * sizeof(Element));
+    for (int64_t h = 0; h < in.n_heads; ++h) {
+      const PoolBagParams view = head_view(rows, h, width, bias, n_short);
+      const TileReader<P, Acc> reader(view);
+      for (int64_t r = 0; r < n_short; ++r) {
+        if (excludes(bias, start + r)) continue;
+        reader.convert(start + r, line);
+        P::elements(line, Acc(1), out + (h * padded_short + r) * padded_width, padded_width);
+      }
+    }
+  }
+
+  // n rows of the long side from `row` on, in place where they can be used as they lie.
+  void read_long(const HeadRows& rows, int64_t head, int64_t width, bool with_bias, bool normalize,
+                 int64_t row, int64_t n, Element* buffer, const Element** x, int64_t* ldx) {
+    const bool per_key = with_bias && in.bias_head_stride == 0;
+    PoolBagParams view = head_view(rows, head, width, per_key ? in.bias : nullptr, n_short);
+    if (normalize) {
+      view.normalize = in.normalize;
+      view.eps = in.eps;
+      view.mean = in.mean;
+      view.rstd = in.rstd;
+    }
+    TileReader<P, Acc>(view).read(row, n, buffer, line, normalize ? rstd : nullptr, x, ldx);
+  }
+
+  Acc bias_of(int64_t key, int64_t head) const {
+    return static_cast<const Acc*>(in.bias)[key * in.bias_row_stride + head * in.bias_head_stride];
+  }
+
+  // Long keys, whose bias is one number each: products to logits; an excluded key is -inf.
+  void finish_logits(Acc* scores, int64_t key, int64_t n) const {
+    const Acc scale = static_cast<Acc>(in.scale);
+    const Acc* bias = static_cast<const Acc*>(in.bias);
+    if (bias)
+      for (int64_t i = 0; i < n; ++i) scores[i] = scores[i] * scale + bias[key + i];
+    else
+      for (int64_t i = 0; i < n; ++i) scores[i] *= scale;
+  }
+
+  bool excluded(int64_t key) const { return excludes(static_cast<const Acc*>(in.bias), key); }
+
+  // weights[r, :] = scores[r, :] * factor in the type of the products, zero behind n.
+  void weigh_row(const Acc* from, int64_t r, int64_t n, Acc factor) {
+    Weight* out = weights + r * ld_weights;
+    for (int64_t i = 0; i < n; ++i) out[i] = P::weight(from[r * ld_scores + i] * factor);
+    for (int64_t i = n; i < round_up(n, P::kPairs); ++i) out[i] = 0;
+  }
+
+  // turned[i, r] = from[r, i] * factor, zero behind the last short row.
+  void turn(const Acc* from, int64_t n, Acc factor) {
+    for (int64_t r = 0; r < n_short; ++r)
+      for (int64_t i = 0; i < n; ++i)
+        turned[i * padded_short + r] = P::weight(from[r * ld_scores + i] * factor);
+    for (int64_t r = n_short; r < padded_short; ++r)
+      for (int64_t i = 0; i < n; ++i) turned[i * padded_short + r] = 0;
+  }
+};
+
+}  // namespace
+}  // namespace survfuse
