@@ -206,7 +206,8 @@ def _backward_many(
     d_query, d_key, d_value, d_bias = gradients
     n_queries, heads, width = call.query.shape
     out, lse, d_out, d_lse = saved
-    mean = torch.empty_like(lse)
+    # per result: the mean gradient of its weights, and what makes these sum to 1
+    rows = lse.new_empty((2, *lse.shape))
 
     shape = shapes.query_shape(problem, limits)
     cut = None if d_query is None else shapes.key_slots(problem, limits, shape, width)
@@ -216,9 +217,10 @@ def _backward_many(
         tiles = cut.count * -(-a.query_max // shape["BLOCK_Q"])
     cross_attention_bwd_query_kernel[(tiles * heads,)](
         *call.inputs,
-        *(out, lse, d_out, d_lse, mean),
+        *(out, lse, d_out, d_lse, rows),
         d_query if part is None else part,
         *call.sizes,
+        a.query_total,
         a.query_max,
         0 if cut is None else cut.rows,
         call.threshold,
@@ -229,11 +231,11 @@ def _backward_many(
         **shape,
         SPLIT=cut is not None,
     )
-    rows, head_bias = 0 if cut is None else cut.rows, None
+    head_bias = None
     if d_key is not None or d_value is not None or d_bias is not None:
-        head_bias = _backward_keys(call, (lse, d_out, d_lse, mean), gradients[1:])
+        head_bias = _backward_keys(call, (lse, d_out, d_lse, rows), gradients[1:])
     parts, sums = (part, None, None, head_bias), (d_query, None, d_bias)
-    _sum(call, parts, sums, rows, of_keys=False)
+    _sum(call, parts, sums, 0 if cut is None else cut.rows, of_keys=False)
 
 
 def _backward_keys(
@@ -259,6 +261,7 @@ def _backward_keys(
         *saved,
         *targets,
         *call.sizes,
+        a.query_total,
         a.key_max,
         0 if cut is None else cut.rows,
         call.threshold,

@@ -28,6 +28,7 @@ from .cross_attention_tiles import (
     rows_before,
     softmax_tile,
     store_head,
+    whole_rows,
 )
 from .pool_bag_scores import load_bias
 from .ragged import bag_range, keep_mask, rows_of_slot
@@ -292,8 +293,10 @@ def cross_attention_few_bwd_kernel(
                 threshold,
                 keep_scale,
             )
-            # the mean of these very numbers: with few keys little but its rounding may be left
-            mean = tl.where(alone, tl.sum(softmax * dp, 0), mean)
+            if alone:
+                share, mean = whole_rows(softmax, dp, 0)
+                softmax = softmax * share[None, :]
+                weights = weights * share[None, :]
             ds = logit_gradient(softmax, dp, mean[None, :], d_lse[None, :])
             written = inside & (rows >= begun) & (rows < done)
             at = rows * HEADS + head

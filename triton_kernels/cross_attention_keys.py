@@ -25,7 +25,7 @@ from .cross_attention_tiles import (
 from .pool_bag_scores import load_bias
 from .ragged import bag_range, rows_of_slot
 
-_RUNTIME = ["n_bags", "n_queries", "n_keys", "key_max", "rows_per_piece", "threshold"]
+_RUNTIME = ["n_bags", "n_queries", "n_keys", "total", "key_max", "rows_per_piece", "threshold"]
 
 
 @triton.jit
@@ -55,13 +55,14 @@ def cross_attention_bwd_key_kernel(
     lse_ptr,  # [total, H] in
     d_out_ptr,  # [total, H, DV] in
     d_lse_ptr,  # [total, H] in
-    mean_ptr,  # [total, H] in
+    rows_ptr,  # [2, total, H] in   mean gradient of a row's weights; what makes them sum to 1
     d_key_ptr,  # SPLIT: [S, H, key_max, D] out; else [Tk, H, D] out; or None
     d_value_ptr,  # SPLIT: [S, H, key_max, DV] out; else [Tk, H, DV] out; or None
     d_bias_ptr,  # SPLIT: [S, H, key_max] out; else [H, Tk] out; or None
     n_bags,
     n_queries,
     n_keys,
+    total,
     key_max,
     rows_per_piece,
     threshold,
@@ -153,13 +154,16 @@ def cross_attention_bwd_key_kernel(
                 threshold,
                 keep_scale,
             )
-            mean = tl.load(mean_ptr + at, mask=mask_q, other=0.0)
+            mean = tl.load(rows_ptr + at, mask=mask_q, other=0.0)
+            share_at = total.to(tl.int64) * HEADS + at
+            share = tl.load(rows_ptr + share_at, mask=mask_q, other=0.0)
             d_lse = tl.load(d_lse_ptr + at, mask=mask_q, other=0.0)
             if d_value_ptr is not None:
-                along = weights * dz_factor[None, :]
+                along = weights * (dz_factor * share)[None, :]
                 d_value, value_unit = _accumulate(d_value, value_unit, along, dz, PRECISION)
             if d_key_ptr is not None or d_bias_ptr is not None:
                 ds = logit_gradient(softmax, dp, mean[None, :], d_lse[None, :])
+                ds = ds * share[None, :]
             if d_key_ptr is not None:
                 along = ds * q_factor[None, :]
                 d_key, key_unit = _accumulate(d_key, key_unit, along, q, PRECISION)

@@ -22,6 +22,7 @@ from .cross_attention_tiles import (
     rows_before,
     softmax_tile,
     store_head,
+    whole_rows,
 )
 from .pool_bag_scores import load_bias
 from .ragged import bag_range, keep_mask, rows_of_slot
@@ -194,7 +195,7 @@ def _tile(
     return k, softmax, dp
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=[*_RUNTIME, "total"])
 def cross_attention_bwd_query_kernel(
     query_ptr,  # [Tq, H, D] in
     key_ptr,  # [Tk, H, D] in
@@ -209,11 +210,12 @@ def cross_attention_bwd_query_kernel(
     lse_ptr,  # [total, H] in
     d_out_ptr,  # [total, H, DV] in
     d_lse_ptr,  # [total, H] in
-    mean_ptr,  # [total, H] out    mean gradient of each row's weights
+    rows_ptr,  # [2, total, H] out   mean gradient of a row's weights; what makes them sum to 1
     d_query_ptr,  # SPLIT: [S, H, query_max, D] out; else [Tq, H, D] out; or None: mean alone
     n_bags,
     n_queries,
     n_keys,
+    total,
     query_max,
     rows_per_piece,
     threshold,
@@ -292,6 +294,7 @@ def cross_attention_bwd_query_kernel(
         if d_query_ptr is None:
             # the mean alone, which needs no walk
             count = tl.where(n_all <= BLOCK_N, count, 0)
+        share = tl.zeros((BLOCK_Q,), tl.float32) + 1.0
         for n0 in range(0, count, BLOCK_N):
             n = n0 + offs_n
             k, softmax, dp = _tile(
@@ -301,8 +304,8 @@ def cross_attention_bwd_query_kernel(
                     stride_key, stride_value, D, DV, PRECISION, BLOCK_D, BLOCK_V,
                 )  # fmt: skip
             if n_all <= BLOCK_N:
-                # the mean of these very numbers: with few keys little but its rounding is left
-                mean = tl.sum(softmax * dp, 1)
+                share, mean = whole_rows(softmax, dp, 1)
+                softmax = softmax * share[:, None]
             ds = logit_gradient(softmax, dp, mean[:, None], d_lse[:, None])
             if dtype == tl.float16:
                 # ds shrinks with the bag's length and with the loss: keep the largest at 1
@@ -313,7 +316,8 @@ def cross_attention_bwd_query_kernel(
                 unit = new
             acc = tl.dot(ds.to(dtype), k, acc, input_precision=PRECISION)
         if not SPLIT or position == 0:
-            tl.store(mean_ptr + result, mean, mask=mask_q)
+            tl.store(rows_ptr + result, mean, mask=mask_q)
+            tl.store(rows_ptr + total.to(tl.int64) * HEADS + result, share, mask=mask_q)
         if SPLIT:
             bag = n_bags
         else:

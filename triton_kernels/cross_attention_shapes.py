@@ -86,11 +86,14 @@ def few_shape(problem: Problem, limits: Limits, *, backward: bool) -> dict[str, 
         return None
     wide, few = problem.widest, problem.query_max <= 16
     if not problem.half:
-        blocks = _blocks(problem, 16 if few else 32, 16, 4 if few and wide < 256 else 8, 1)
-        return blocks
+        if backward and not few:
+            return None
+        rows = 32 if wide <= 64 else 16
+        return _blocks(problem, 16 if few else 32, rows, 4 if few and wide < 256 else 8, 1)
     if backward:
         rows = 32 if wide >= 128 or not few or problem.crowded else 64
-        rows = rows if wide < 256 and problem.aligned else 16
+        tight = problem.dtype == torch.float16 and wide >= 128 and not few
+        rows = rows if wide < 256 and problem.aligned and not tight else 16
         warps = 4 if few or wide < 256 else 8
     else:
         rows, warps = 32 if wide >= 256 else 64, 4
@@ -106,7 +109,7 @@ def forward_shape(problem: Problem, limits: Limits) -> dict[str, int]:
     """Blocks of cross_attention_many_fwd_kernel."""
     wide = problem.widest
     if not problem.half:
-        return _blocks(problem, 32, 16, 4 if wide < 256 else 8, 1)
+        return _blocks(problem, 32, 16, 4 if wide < 128 else 8, 1)
     if limits.shared_bytes < 100_000:
         return _blocks(problem, 64, 32 if wide >= 128 else 64, 4, 1)
     rows = 64 if wide >= 256 or problem.query_max <= 64 else 128
@@ -118,19 +121,20 @@ def query_shape(problem: Problem, limits: Limits) -> dict[str, int]:
     """Blocks of cross_attention_bwd_query_kernel."""
     wide = problem.widest
     if not problem.half:
-        return _blocks(problem, 32, 16, 8, 1)
-    rows = 64 if wide >= 256 or problem.query_max <= 64 or problem.crowded else 128
-    if wide >= 256 and problem.dtype == torch.float16:
-        rows = 32
+        return _blocks(problem, 32 if wide < 256 else 16, 16, 8, 1)
+    rows = 64 if problem.query_max <= 64 or problem.crowded else 128
+    rows = rows if wide < 256 else 32
     keys = 16 if wide >= 256 else 32 if wide >= 128 else 64
     return _blocks(problem, rows, keys, 8, 2 if limits.shared_bytes > 100_000 else 1)
 
 
 def key_shape(problem: Problem, limits: Limits) -> dict[str, int]:
     """Blocks of cross_attention_bwd_key_kernel, which holds two accumulators of a tile's size."""
-    wide, tight = problem.widest, problem.dtype == torch.float16 or not problem.aligned
+    wide = problem.widest
     if not problem.half:
-        return _blocks(problem, 16, 32 if wide < 256 else 16, 8, 1)
+        return _blocks(problem, 16, *((32, 4) if wide <= 64 else (16, 8)), 1)
+    optional = problem.dropout or problem.wide_query
+    tight = not problem.aligned or (problem.dtype == torch.float16 and optional)
     queries, warps = 32, 8
     if wide >= 256:
         keys = 16 if problem.crowded else 32
@@ -154,7 +158,7 @@ def _blocks(problem: Problem, queries: int, keys: int, warps: int, stages: int) 
 
 
 SUM = {"BLOCK_S": 64, "BLOCK_C": 32, "num_warps": 4, "num_stages": 2}
-BLOCK_T = 1024
+BLOCK_T = 512
 
 
 def few_forward_cut(problem: Problem, limits: Limits, shape: dict[str, int]) -> Cut | None:

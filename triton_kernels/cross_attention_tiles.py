@@ -97,6 +97,18 @@ def softmax_tile(
 
 
 @triton.jit
+def whole_rows(softmax, dp, AXIS: tl.constexpr):
+    """Of rows all of whose keys are in the tile: what makes them sum to 1 again, which the rounding
+    of lse undid, and the mean gradient of these very numbers.
+
+    With few keys little but that rounding may be left of the difference to the mean.
+    """
+    total = tl.sum(softmax, AXIS)
+    share = 1.0 / tl.where(total == 0, 1.0, total)
+    return share, tl.sum(softmax * dp, AXIS) * share
+
+
+@triton.jit
 def logit_gradient(softmax, dp, mean, d_lse):
     """d_logits. The gradient of lse is added after the difference, of which little may be left."""
     return tl.where(softmax == 0, 0.0, softmax * ((dp - mean) + d_lse))
