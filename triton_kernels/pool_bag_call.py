@@ -62,7 +62,7 @@ class Call(NamedTuple):
             "STRIDE_UNIT": self.stride_unit,
             "D": self.shape[2],
             "NORMALIZE": self.normalize,
-            "PRECISION": _precision(),
+            "PRECISION": products_precision(),
         }
 
     @property
@@ -115,6 +115,6 @@ def make_call(rows: Tensor, bag: Tensor, bias: Tensor | None, pooling: Pooling) 
     )
 
 
-def _precision() -> str:
+def products_precision() -> str:
     """How fp32 products are formed: exactly, unless torch's own switch allows TF32."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"

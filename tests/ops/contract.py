@@ -243,7 +243,7 @@ def cross_attention_op(name: str, make: Callable) -> Op:
         run_cross_attention,
         plain_of_cross_attention,
         make_call,
-        ("tiled", "native"),
+        ("tiled", "native", "triton"),
         has_dropout=True,
         registered="cross_attention",
     )

@@ -28,11 +28,16 @@ def test_kernels_compile_for_hopper_without_spills() -> None:
     compiled = [line.split() for line in done.stdout.splitlines() if line.startswith("sm_90")]
     kernels = {line[1] for line in compiled}
     # the tile of the bag must stay in the asynchronous pipeline: the last column counts its copies
-    streaming = [line for line in compiled if line[1] in ("pool_bag_fwd", "pool_bag_bwd_rows")]
+    streams = {"pool_bag_fwd", "pool_bag_bwd_rows", "cross_attention_many_fwd"}
+    streams |= {"cross_attention_few_fwd", "cross_attention_few_bwd"}
+    streaming = [line for line in compiled if line[1] in streams]
     assert all(int(line[-1]) > 0 for line in streaming if line[2] == "bf16")
     assert kernels == {
         *("pool_bag_fwd", "pool_bag_merge", "pool_bag_bwd_rows", "pool_bag_sum"),
         *("pool_bag_prepare", "pool_bag_scores", "pool_bag_product", "pool_bag_bwd_bag"),
+        *("cross_attention_few_fwd", "cross_attention_few_bwd", "cross_attention_many_fwd"),
+        *("cross_attention_bwd_query", "cross_attention_bwd_key"),
+        *("cross_attention_merge", "cross_attention_sum"),
         *("gated_scores", "gated_hidden", "gated_weights", "gated_bag"),
     }
 

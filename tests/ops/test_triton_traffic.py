@@ -97,3 +97,31 @@ def test_reads_of_a_trained_bag(reads) -> None:
     expected = (blocks * bags + (bags > 0))[:, None].expand_as(counts)
     assert torch.equal(counts[:, 1:], expected[:, 1:])
     assert torch.equal(counts[:, 0], expected[:, 0] + blocks * bags)
+
+
+@needs_interpreter
+def test_attention_of_few_queries_reads_each_key_once(reads) -> None:
+    """Forward, and in the one pass of the backward; also where a bag is cut into slots."""
+    from survfuse.triton_kernels import cross_attention as launchers
+
+    from survfuse import Ragged
+    from survfuse.attention import Attended, Attention, AttentionNeeds
+
+    g = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(n, 2, 16, generator=g) for n in (12, 620, 620))
+    ranges = [(300, 40), (10, 270)]
+    key_ragged = Ragged.from_ranges(*zip(*ranges, strict=True))
+    attention = Attention(*Ragged.from_lengths([6, 6]), *key_ragged, scale=0.3)
+    inside = torch.zeros(620, dtype=torch.int64)
+    for start, length in ranges:
+        inside[start : start + length] = 1
+    expected = inside[:, None, None].expand_as(key)
+    counts = [reads(key), reads(value)]
+    results = launchers.cross_attention_forward(query, key, value, None, attention)
+    for count in counts:
+        assert torch.equal(count, expected)
+        count.zero_()
+    ones = Attended(*(torch.ones_like(result) for result in results))
+    needs = AttentionNeeds(query=True, key=True, value=True, bias=False)
+    launchers.cross_attention_backward(ones, results, query, key, value, None, attention, needs)
+    assert all(torch.equal(count, expected) for count in counts)
