@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from .inputs import BagAttendsTokens, TokensShape
+from .inputs import BagAttendsTokens
 from .problem import DTYPES, MODES, compete, problem_of
-from .shapes import table
+from .shapes import TokensShape, table
 
 SHAPES = table(
     (TokensShape(6, 1, 256, "100k", 1024), "core"),

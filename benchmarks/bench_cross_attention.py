@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import pytest
 
-from .inputs import CrossAttention, CrossShape
+from .inputs import CrossAttention
 from .problem import DTYPES, FROZEN_MODES, compete, problem_of
-from .shapes import table
+from .shapes import CrossShape, table
 
 
-def shapes() -> list:
+def _shapes() -> list:
     """Few queries, few keys, both long."""
     rows = [
         (CrossShape(6, "100k", 1, 256), "core"),
@@ -40,8 +40,11 @@ def shapes() -> list:
     return table(*(row if isinstance(row[0], CrossShape) else (row,) for row in rows))
 
 
+SHAPES = _shapes()
+
+
 @pytest.mark.parametrize("mode", FROZEN_MODES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", shapes())
+@pytest.mark.parametrize("shape", SHAPES)
 def bench_cross_attention(measure, device: str, shape: CrossShape, dtype: str, mode: str) -> None:
     compete(measure, problem_of(CrossAttention, shape, DTYPES[dtype], device), mode)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from .inputs import PoolBag, PoolShape
+from .inputs import PoolBag
 from .problem import DTYPES, MODES, compete, problem_of
-from .shapes import table
+from .shapes import PoolShape, table
 
 SHAPES = table(
     (PoolShape(6, "100k", 1024), "core"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear
@@ -15,7 +13,7 @@ from survfuse.ops.absorption import absorbs, absorbs_query
 from . import work
 from .peers import Layout
 from .problem import Problem
-from .shapes import LENGTHS, skip_if_too_long
+from .shapes import CrossShape, PoolShape, TokensShape, skip_if_too_long
 
 # pairs of query and key whose weights are held in fp64 at a time
 _EXACT_PAIRS = 1 << 25
@@ -25,24 +23,6 @@ def _draw(*shape: int, like: Problem, scale: float = 1.0) -> Tensor:
     return (torch.randn(*shape, device=like.device) * scale).to(like.dtype)
 
 
-def _rows_of(lengths: tuple[int, ...]) -> str:
-    """How many rows, for a label."""
-    bags = f"B={len(lengths)} T={sum(lengths)}"
-    return bags if len(lengths) > 1 else f"N={lengths[0]}"
-
-
-class PoolShape(NamedTuple):
-    """R query rows over bags that are their own keys and values."""
-
-    rows: int
-    bags: str  # a name in shapes.LENGTHS
-    dim: int
-    normalize: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.rows} - {self.bags} x {self.dim}{' normalised' * self.normalize}"
-
-
 class PoolBag(Problem):
     """`pool_bag`, plain or over a layer-normalised bag."""
 
@@ -50,12 +30,11 @@ class PoolBag(Problem):
 
     def __init__(self, shape: PoolShape, dtype: torch.dtype, device: str) -> None:
         super().__init__(dtype, device)
-        lengths, dim = LENGTHS[shape.bags], shape.dim
+        lengths, dim = shape.lengths, shape.dim
         total, n_bags = sum(lengths), len(lengths)
         skip_if_too_long(total, device)
         self.shape, self.lengths = shape, lengths
-        self.op = "pool_bag" + ", normalised" * shape.normalize
-        self.label = f"R={shape.rows} B={n_bags} T={total} D={dim}"
+        self.op, self.label = shape.op, shape.label
         self.eps = 1e-5 if shape.normalize else None
         # queries of unit logits, as a model that has begun to learn has
         rows = _draw(n_bags, shape.rows, dim, like=self, scale=dim**-0.5)
@@ -63,7 +42,7 @@ class PoolBag(Problem):
         self.upstream = _draw(n_bags * shape.rows, 1, dim, like=self)
         self.ragged = Ragged.from_lengths(lengths, device=device)
         e, bag = dtype.itemsize, self.inputs["bag"]
-        self.minimum = work.pooling(total, shape.rows, n_bags, dim, e)
+        self.minimum = shape.minimum(e)
         self.traffic = {
             work.FORWARD: ([bag], [], []),
             work.BACKWARD: ([bag], [], []),
@@ -72,8 +51,7 @@ class PoolBag(Problem):
         self.add("survfuse", self.ours, self.minimum)
         self.add("survfuse tiled", lambda: self.ours("tiled"))
         layout = Layout((shape.rows,) * n_bags, lengths, device)
-        # a normalised bag is written once and read by both products
-        normed = work.linear(total, dim, 0, e) if self.eps else None
+        normed = work.normalising(total, dim, e) if self.eps else None
         self.add_peers("", layout, self.sides, (1, dim, dim), normed)
 
     def ours(self, backend: str | None = None) -> Tensor:
@@ -97,18 +75,6 @@ class PoolBag(Problem):
         return torch.cat(outs)[:, None]
 
 
-class CrossShape(NamedTuple):
-    """Queries and keys, each a number of tokens of every bag or the name of bags."""
-
-    queries: int | str
-    keys: int | str
-    heads: int
-    head_dim: int
-
-    def __str__(self) -> str:
-        return f"{self.queries} to {self.keys} - {self.heads}x{self.head_dim}"
-
-
 class CrossAttention(Problem):
     """`cross_attention`: keys and values given, few queries, few keys, or both long."""
 
@@ -116,23 +82,10 @@ class CrossAttention(Problem):
 
     def __init__(self, shape: CrossShape, dtype: torch.dtype, device: str) -> None:
         super().__init__(dtype, device)
-        queries, keys = shape.queries, shape.keys
-        n_bags = len(LENGTHS[keys if isinstance(keys, str) else queries])
-        self.lengths = tuple(
-            LENGTHS[side] if isinstance(side, str) else (side,) * n_bags for side in (queries, keys)
-        )
+        self.lengths, self.op, self.label = shape.lengths, shape.op, shape.label
         tq, tk = map(sum, self.lengths)
         skip_if_too_long(max(tq, tk), device)
         heads, d = shape.heads, shape.head_dim
-        few = "queries" if isinstance(queries, int) else "keys"
-        both = isinstance(queries, str) and isinstance(keys, str)
-        self.op = f"cross_attention, {'both long' if both else f'few {few}'}"
-        sides = zip("qk", (queries, keys), self.lengths, strict=True)
-        counts = [
-            _rows_of(lengths) if isinstance(side, str) else f"{letter}={side}"
-            for letter, side, lengths in sides
-        ]
-        self.label = f"{' '.join(counts[:1] if both else sorted(counts, key=len))} h={heads} d={d}"
         shapes = {"query": tq, "key": tk, "value": tk}
         self.inputs = {
             name: _draw(rows, heads, d, like=self).requires_grad_() for name, rows in shapes.items()
@@ -140,11 +93,11 @@ class CrossAttention(Problem):
         self.upstream = _draw(tq, heads, d, like=self)
         self.ragged = [
             Ragged.from_lengths(lengths, device=device) if isinstance(side, str) else None
-            for side, lengths in zip((queries, keys), self.lengths, strict=True)
+            for side, lengths in zip((shape.queries, shape.keys), self.lengths, strict=True)
         ]
         layout = Layout(*self.lengths, device)
-        self.layout, self.n_bags = layout, n_bags
-        self.minimum = work.attention(layout.pairs, tq, tk, heads, d, d, dtype.itemsize)
+        self.layout, self.n_bags = layout, len(self.lengths[0])
+        self.minimum = shape.minimum(dtype.itemsize)
         query, key, value = self.inputs.values()
         backward = ([self.upstream, self.upstream], [query, key, value], [])
         self.traffic = {work.FORWARD: ([key, value], [query], []), work.BACKWARD: backward}
@@ -180,23 +133,6 @@ def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.einsum("hnk,khe->nhe", logits.softmax(-1), value)
 
 
-class TokensShape(NamedTuple):
-    """Few tokens and a bag, projections included."""
-
-    tokens: int
-    heads: int
-    head_dim: int
-    bags: str
-    dim: int
-
-    def __str__(self) -> str:
-        return f"{self.tokens}x{self.heads}x{self.head_dim} - {self.bags} x {self.dim}"
-
-    def label(self, letter: str) -> str:
-        tokens = f"{letter}={self.tokens} h={self.heads} d={self.head_dim}"
-        return f"{tokens} {_rows_of(LENGTHS[self.bags])} D={self.dim}"
-
-
 class TokensAttendBag(Problem):
     """`tokens_attend_bag`, against two linear layers and every peer."""
 
@@ -205,7 +141,7 @@ class TokensAttendBag(Problem):
     def __init__(self, shape: TokensShape, dtype: torch.dtype, device: str) -> None:
         super().__init__(dtype, device)
         tokens, heads, d, _, dim = shape
-        self.shape, self.lengths = shape, LENGTHS[shape.bags]
+        self.shape, self.lengths = shape, shape.lengths
         total, n_bags, width = sum(self.lengths), len(self.lengths), heads * d
         skip_if_too_long(total, device)
         self.label = shape.label("q")
@@ -218,9 +154,8 @@ class TokensAttendBag(Problem):
         self.upstream = _draw(n_bags * tokens, heads, d, like=self)
         self.ragged = Ragged.from_lengths(self.lengths, device=device)
         e, rows, bag = dtype.itemsize, tokens * heads, self.inputs["bag"]
-        around = work.absorbing(rows, n_bags, dim, 2 * d)
-        self.minimum = work.pooling(total, rows, n_bags, dim, e)
-        absorbed = work.added(self.minimum, around)
+        absorbed, whole = shape.attending(e)
+        self.minimum = work.least(absorbed, whole)
         self.traffic = {
             work.FORWARD: ([bag], [], []),
             work.BACKWARD: ([bag], [], []),
@@ -229,10 +164,10 @@ class TokensAttendBag(Problem):
         layout = Layout((tokens,) * n_bags, self.lengths, device)
         formed = work.linear(total, dim, width, e)
         formed = work.added(formed, formed)
+        around = work.absorbing(rows, n_bags, dim, 2 * d)
         sizes = {"n_queries": tokens, "n_heads": heads, "head_dim": d, "value_dim": d}
         absorb = absorbs("auto", **sizes, dim=dim, n_bags=n_bags, total=total)
-        attended = work.attention(layout.pairs, n_bags * tokens, total, heads, d, d, e)
-        self.add("survfuse", self.ours, absorbed if absorb else work.added(formed, attended))
+        self.add("survfuse", self.ours, absorbed if absorb else whole)
         self.add("survfuse tiled", lambda: self.ours("tiled"))
         plain = work.added(work.plain_pooling(total, rows, dim, e), around)
         self.add("plain torch, absorbed", self.absorbed_plain, plain)
@@ -283,7 +218,7 @@ class BagAttendsTokens(Problem):
     def __init__(self, shape: TokensShape, dtype: torch.dtype, device: str) -> None:
         super().__init__(dtype, device)
         tokens, heads, d, _, dim = shape
-        self.shape, self.lengths = shape, LENGTHS[shape.bags]
+        self.shape, self.lengths = shape, shape.lengths
         total, n_bags, width = sum(self.lengths), len(self.lengths), heads * d
         skip_if_too_long(total, device)
         self.label = shape.label("k")
@@ -296,7 +231,8 @@ class BagAttendsTokens(Problem):
         self.upstream = _draw(total, heads, d, like=self)
         self.ragged = Ragged.from_lengths(self.lengths, device=device)
         e, bag, out = dtype.itemsize, self.inputs["bag"], self.upstream
-        spread = work.spreading(total, tokens, heads, dim, d, e)
+        absorbed, whole = shape.spreading(e)
+        self.minimum = work.least(absorbed, whole)
         self.traffic = {
             work.FORWARD: ([bag], [], [out]),
             work.BACKWARD: ([bag, out], [], []),
@@ -304,20 +240,9 @@ class BagAttendsTokens(Problem):
         }
         layout = Layout(self.lengths, (tokens,) * n_bags, device)
         formed = work.linear(total, dim, width, e)
-        attended = work.attention(layout.pairs, total, n_bags * tokens, heads, d, d, e)
-        formed_whole = work.added(formed, attended)
-        # with many tokens fewer operations are left where queries are formed; bytes never are
-        self.minimum = {
-            name: work.Work(
-                spread[name].n_bytes, min(spread[name].operations, formed_whole[name].operations)
-            )
-            for name in spread
-        }
         sizes = {"n_keys": tokens, "n_heads": heads, "head_dim": d, "value_dim": d}
         absorb = absorbs_query("auto", **sizes, dim=dim, n_bags=n_bags, total=total)
-        around = work.absorbing(tokens * heads, n_bags, dim, d)
-        absorbed = work.added(spread, around)
-        self.add("survfuse", self.ours, absorbed if absorb else formed_whole)
+        self.add("survfuse", self.ours, absorbed if absorb else whole)
         self.add("survfuse tiled", lambda: self.ours("tiled"))
         self.add_peers("Linear + ", layout, self.sides, (heads, d, d), formed)
 

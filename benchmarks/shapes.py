@@ -1,8 +1,12 @@
-"""What the tables of shapes share: marks, the ragged batches, and what is too long for a CPU."""
+"""Shapes of the four problems: names, labels, the work they are, and what a CPU is spared."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
+
+from . import work
 
 # rows of all bags; beyond, one race takes minutes on two cores
 MOST_CPU_ROWS = 250_000
@@ -38,3 +42,120 @@ def table(*rows: tuple) -> list:
         pytest.param(shape, marks=[getattr(pytest.mark, name) for name in names], id=str(shape))
         for shape, *names in rows
     ]
+
+
+def _rows_of(lengths: tuple[int, ...]) -> str:
+    """How many rows, for a label."""
+    return f"B={len(lengths)} T={sum(lengths)}" if len(lengths) > 1 else f"N={lengths[0]}"
+
+
+class PoolShape(NamedTuple):
+    """R query rows over bags that are their own keys and values."""
+
+    rows: int
+    bags: str  # a name in LENGTHS
+    dim: int
+    normalize: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.rows} - {self.bags} x {self.dim}{' normalised' * self.normalize}"
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return LENGTHS[self.bags]
+
+    @property
+    def op(self) -> str:
+        return "pool_bag" + ", normalised" * self.normalize
+
+    @property
+    def label(self) -> str:
+        return f"R={self.rows} B={len(self.lengths)} T={sum(self.lengths)} D={self.dim}"
+
+    def minimum(self, e: int) -> work.Passes:
+        return work.pooling(sum(self.lengths), self.rows, len(self.lengths), self.dim, e)
+
+
+class CrossShape(NamedTuple):
+    """Queries and keys, each a number of tokens of every bag or the name of bags."""
+
+    queries: int | str
+    keys: int | str
+    heads: int
+    head_dim: int
+
+    def __str__(self) -> str:
+        return f"{self.queries} to {self.keys} - {self.heads}x{self.head_dim}"
+
+    @property
+    def lengths(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of the queries and of the keys of each bag."""
+        named = self.keys if isinstance(self.keys, str) else self.queries
+        n_bags = len(LENGTHS[named])
+        return tuple(
+            LENGTHS[side] if isinstance(side, str) else (side,) * n_bags
+            for side in (self.queries, self.keys)
+        )
+
+    @property
+    def op(self) -> str:
+        if isinstance(self.queries, int):
+            return "cross_attention, few queries"
+        return f"cross_attention, {'few keys' if isinstance(self.keys, int) else 'both long'}"
+
+    @property
+    def label(self) -> str:
+        few = "".join(
+            f"{letter}={side} "
+            for letter, side in (("q", self.queries), ("k", self.keys))
+            if isinstance(side, int)
+        )
+        rows = _rows_of(self.lengths[1 if isinstance(self.keys, str) else 0])
+        return f"{few}{rows} h={self.heads} d={self.head_dim}"
+
+    def minimum(self, e: int) -> work.Passes:
+        queries, keys = self.lengths
+        pairs = sum(q * k for q, k in zip(queries, keys, strict=True))
+        d = self.head_dim
+        return work.attention(pairs, sum(queries), sum(keys), self.heads, d, d, e)
+
+
+class TokensShape(NamedTuple):
+    """Few tokens and a bag, projections included."""
+
+    tokens: int
+    heads: int
+    head_dim: int
+    bags: str
+    dim: int
+
+    def __str__(self) -> str:
+        return f"{self.tokens}x{self.heads}x{self.head_dim} - {self.bags} x {self.dim}"
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return LENGTHS[self.bags]
+
+    def label(self, letter: str) -> str:
+        tokens = f"{letter}={self.tokens} h={self.heads} d={self.head_dim}"
+        return f"{tokens} {_rows_of(self.lengths)} D={self.dim}"
+
+    def attending(self, e: int) -> tuple[work.Passes, work.Passes]:
+        """`tokens_attend_bag` absorbed, and with K and V formed."""
+        tokens, heads, d, _, dim = self
+        total, n_bags = sum(self.lengths), len(self.lengths)
+        around = work.absorbing(tokens * heads, n_bags, dim, 2 * d)
+        absorbed = work.added(work.pooling(total, tokens * heads, n_bags, dim, e), around)
+        formed = work.linear(total, dim, heads * d, e)
+        attended = work.attention(tokens * total, n_bags * tokens, total, heads, d, d, e)
+        return absorbed, work.added(formed, formed, attended)
+
+    def spreading(self, e: int) -> tuple[work.Passes, work.Passes]:
+        """`bag_attends_tokens` absorbed, and with its queries formed."""
+        tokens, heads, d, _, dim = self
+        total, n_bags = sum(self.lengths), len(self.lengths)
+        around = work.absorbing(tokens * heads, n_bags, dim, d)
+        absorbed = work.added(work.spreading(total, tokens, heads, dim, d, e), around)
+        formed = work.linear(total, dim, heads * d, e)
+        attended = work.attention(tokens * total, total, n_bags * tokens, heads, d, d, e)
+        return absorbed, work.added(formed, attended)

@@ -37,6 +37,17 @@ def added(*several: Passes) -> Passes:
     return {name: sum((passes[name] for passes in several), Work()) for name in several[0]}
 
 
+def least(*ways: Passes) -> Passes:
+    """The fewest bytes and the fewest operations of several ways, each by itself: a lower bound."""
+    return {
+        name: Work(
+            min(passes[name].n_bytes for passes in ways),
+            min(passes[name].operations for passes in ways),
+        )
+        for name in ways[0]
+    }
+
+
 def attention(
     pairs: int, tq: int, tk: int, heads: int, d: int, dv: int, e: int, *, weights: bool = False
 ) -> Passes:
@@ -68,6 +79,12 @@ def linear(rows: int, dim: int, width: int, e: int) -> Passes:
     moved, operations = e * (rows * dim + rows * width + dim * width), 2 * rows * dim * width
     once = Work(moved, operations)
     return {FORWARD: once, BACKWARD: once, TRAINED: once + once}
+
+
+def normalising(rows: int, dim: int, e: int) -> Passes:
+    """A layer norm without parameters: nothing backward over a frozen bag."""
+    bag = e * rows * dim
+    return {FORWARD: Work(2 * bag), BACKWARD: Work(), TRAINED: Work(3 * bag)}
 
 
 def pooling(total: int, n_rows: int, n_bags: int, dim: int, e: int) -> Passes:
