@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 
 from .inputs import CrossAttention
-from .problem import DTYPES, FROZEN_MODES, compete, problem_of
-from .shapes import CrossShape, table
+from .problem import FROZEN_MODES, compete, problem_of
+from .shapes import CrossShape, cases
 
 
 def _shapes() -> list:
@@ -18,11 +18,11 @@ def _shapes() -> list:
         (CrossShape(6, "100k", 1, 256), "core"),
         CrossShape(6, "16 bags", 1, 256),
         (CrossShape(6, "1M", 1, 256), "core"),
-        (CrossShape(6, "32 bags", 1, 256), "core"),
+        (CrossShape(6, "32 bags", 1, 256), "core both"),
         (CrossShape("100k", 6, 1, 256), "core"),
-        (CrossShape("1M", 6, 1, 256), "core"),
+        (CrossShape("1M", 6, 1, 256), "core both"),
         CrossShape("32 bags", 6, 1, 256),
-        (CrossShape("10k", "10k", 1, 64), "core"),
+        (CrossShape("10k", "10k", 1, 64), "core both"),
         CrossShape("10k", "10k", 8, 64),
         CrossShape("100k", "100k", 1, 128),
         CrossShape("32 bags", "32 bags", 1, 64),
@@ -37,14 +37,12 @@ def _shapes() -> list:
     for heads, head_dim in ((1, 64), (1, 128), (4, 64), (4, 128), (4, 256), (8, 64), (8, 128)):
         rows += [CrossShape(6, "100k", heads, head_dim), CrossShape("100k", 6, heads, head_dim)]
     rows += [CrossShape(6, "10k", 1, 256), CrossShape("10k", 6, 1, 256)]
-    return table(*(row if isinstance(row[0], CrossShape) else (row,) for row in rows))
+    return [row if isinstance(row[0], CrossShape) else (row,) for row in rows]
 
 
 SHAPES = _shapes()
 
 
-@pytest.mark.parametrize("mode", FROZEN_MODES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "dtype", "mode"), cases(SHAPES, FROZEN_MODES))
 def bench_cross_attention(measure, device: str, shape: CrossShape, dtype: str, mode: str) -> None:
-    compete(measure, problem_of(CrossAttention, shape, DTYPES[dtype], device), mode)
+    compete(measure, problem_of(CrossAttention, shape, dtype, device), mode)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 
 from .inputs import PoolBag
-from .problem import DTYPES, MODES, compete, problem_of
-from .shapes import PoolShape, table
+from .problem import MODES, compete, problem_of
+from .shapes import PoolShape, cases
 
-SHAPES = table(
+SHAPES = [
     (PoolShape(6, "100k", 1024), "core"),
-    (PoolShape(6, "100k", 1024, True), "core"),
-    (PoolShape(6, "16 bags", 768), "core"),
-    (PoolShape(6, "1M", 1024), "core"),
-    (PoolShape(6, "32 bags", 1024), "core"),
-    (PoolShape(200, "100k", 1024, True), "core"),
+    (PoolShape(6, "100k", 1024, True), "core both"),
+    (PoolShape(6, "16 bags", 768), "core both"),
+    (PoolShape(6, "1M", 1024), "core both"),
+    (PoolShape(6, "32 bags", 1024), "core both"),
+    (PoolShape(200, "100k", 1024, True),),
     (PoolShape(6, "10k", 1024),),
     (PoolShape(16, "100k", 1024),),
     (PoolShape(64, "100k", 1024),),
@@ -28,11 +28,9 @@ SHAPES = table(
     (PoolShape(6, "100k", 2560),),
     (PoolShape(5, "smoke", 24), "smoke"),
     (PoolShape(3, "smoke batch", 40, True), "smoke"),
-)
+]
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "dtype", "mode"), cases(SHAPES, MODES))
 def bench_pool_bag(measure, device: str, shape: PoolShape, dtype: str, mode: str) -> None:
-    compete(measure, problem_of(PoolBag, shape, DTYPES[dtype], device), mode)
+    compete(measure, problem_of(PoolBag, shape, dtype, device), mode)

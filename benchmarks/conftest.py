@@ -7,6 +7,7 @@ SHARD=1/3 make gpu        (the first of three parts of all shapes)
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,9 +25,12 @@ from .harness import (
     versions,
     write_rows,
 )
+from .peers import COMPILING
 
 # seconds that the turns of one contender may take, where no number of rounds is asked for
-SECONDS = {"cpu": 1.5, "cuda": 0.5}
+SECONDS = {"cpu": 1.0, "cuda": 0.25}
+# in the core set, of all shapes together; FlexAttention is compiled for each
+CORE_COMPILE_SECONDS = 90.0
 SETS = {
     "core": "the shapes that say most: minutes",
     "smoke": "tiny shapes that only show that a benchmark works",
@@ -50,6 +54,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     for name, what in SETS.items():
         config.addinivalue_line("markers", f"{name}: {what}")
+    if config.getoption("--core"):
+        COMPILING.limit = CORE_COMPILE_SECONDS
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -135,11 +141,15 @@ def measure(request, benchmark, device: str, bandwidth: float, record) -> Callab
             absent.append(Row.absent(op, name, *key, note=reason, **about))
             print(f"left out: {name}: {reason}")
         # the first call warms up, too
-        peaks = {name: peak_memory(way, device) / 1e6 for name, way in contenders.items()}
+        peaks, once = {}, {}
+        for name, way in contenders.items():
+            begin = time.perf_counter()
+            peaks[name] = peak_memory(way, device) / 1e6
+            once[name] = time.perf_counter() - begin
         rounds = request.config.getoption("--rounds")
         budget = None if rounds else SECONDS[device]
         rounds = rounds or (30 if device == "cuda" else 7)
-        samples = race(contenders, device, rounds, budget)
+        samples = race(contenders, device, rounds, budget, once)
         medians = {name: percentiles(times) for name, times in samples.items()}
         against = medians.get(baseline, (float("nan"),) * 3)[1]
         measured = {

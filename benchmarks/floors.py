@@ -60,10 +60,6 @@ def _by_op() -> dict[str, list[tuple[str, Passes]]]:
     return found
 
 
-def _shapes(table: list) -> list:
-    """The shapes of a table but those of the smoke set."""
-    return [
-        parameter.values[0]
-        for parameter in table
-        if "smoke" not in {mark.name for mark in parameter.marks}
-    ]
+def _shapes(rows: list[tuple]) -> list:
+    """The shapes of a benchmark but those of the smoke set."""
+    return [shape for shape, *names in rows if "smoke" not in names]

@@ -144,6 +144,7 @@ def race(
     device: str,
     rounds: int,
     seconds: float | None = None,
+    once: dict[str, float] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of every contender, taken in turn so that a drifting machine drifts for all.
 
@@ -153,14 +154,17 @@ def race(
         rounds: turns of each.
         seconds: if given, a contender that would take longer gets fewer turns, spread over the
             race, and FEWEST_TURNS at least.
+        once: seconds of a call that warmed each contender up; without it they are called here.
     """
     samples: dict[str, list[float]] = {name: [] for name in contenders}
-    turns = {}
+    turns = dict.fromkeys(contenders, rounds)
     for name, function in contenders.items():
-        once = min(_wall_clock(function, device) for _ in range(2 if device == "cuda" else 1))
-        turns[name] = rounds
+        if once is None or device == "cuda":
+            took = wall_clock(function, device)
+        else:
+            took = once[name]
         if seconds is not None:
-            turns[name] = min(rounds, max(FEWEST_TURNS, int(seconds / max(once, 1e-9))))
+            turns[name] = min(rounds, max(FEWEST_TURNS, int(seconds / max(took, 1e-9))))
     for turn in range(rounds):
         for name, function in contenders.items():
             if (turn + 1) * turns[name] // rounds > turn * turns[name] // rounds:
@@ -168,7 +172,8 @@ def race(
     return samples
 
 
-def _wall_clock(function: Callable[[], object], device: str) -> float:
+def wall_clock(function: Callable[[], object], device: str) -> float:
+    """Seconds of one call as the host sees it."""
     begin = time.perf_counter()
     function()
     if device == "cuda":

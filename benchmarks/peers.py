@@ -25,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 _WEIGHTS_SHARE = 0.5
 # logits, weights and the gradient of both live at once
 _WEIGHTS_COPIES = 4
-# a CPU compiles for seconds
+# compiling takes seconds
 _FEWEST_COMPILED_PAIRS = 10_000
 _SDPA = {
     "SDPA math": SDPBackend.MATH,
@@ -71,6 +71,15 @@ class Layout:
         )
 
 
+@dataclass
+class CompileTime:
+    """Seconds that compiling peers has taken in this process, and may take."""
+
+    spent: float = 0.0
+    limit: float = float("inf")
+
+
+COMPILING = CompileTime()
 Attend = Callable[[Tensor, Tensor, Tensor, Layout], Tensor]
 Obstacle = Callable[[Layout, int, torch.dtype], str | None]
 
@@ -202,7 +211,7 @@ class _Flex:
 
 def _flex_obstacle(layout: Layout, heads: int, dtype: torch.dtype) -> str | None:
     """The mask of a ragged batch is made from one bit, held as a byte, for every pair of rows."""
-    if layout.device == "cpu" and layout.pairs < _FEWEST_COMPILED_PAIRS:
+    if layout.pairs < _FEWEST_COMPILED_PAIRS:
         return "compiling would take longer than everything else"
     if len(layout.query_lengths) == 1:
         return None

@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import pytest
+import torch
 
 from . import work
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # rows of all bags; beyond, one race takes minutes on two cores
 MOST_CPU_ROWS = 250_000
@@ -36,12 +39,28 @@ def skip_if_too_long(rows: int, device: str) -> None:
         pytest.skip(f"{rows} rows are for GPUs; a CPU is given {MOST_CPU_ROWS} at most")
 
 
-def table(*rows: tuple) -> list:
-    """Parameters of a benchmark: (shape, marks ...), the shape's own text as name."""
+def cases(rows: list[tuple], modes: tuple[str, ...]) -> list:
+    """Parameters (shape, dtype, mode) of a benchmark, all modes of a shape and type together.
+
+    Args:
+        rows: (shape, mark ...): "smoke" for shapes of that set alone, "core" for all modes of a
+            shape in the core set but the trained backward by itself, "core both" for forward and
+            backward together over a frozen bag alone.
+        modes: those of the benchmark.
+    """
     return [
-        pytest.param(shape, marks=[getattr(pytest.mark, name) for name in names], id=str(shape))
+        pytest.param(shape, dtype, mode, marks=_marks(names, mode), id=f"{shape}-{dtype}-{mode}")
         for shape, *names in rows
+        for dtype in DTYPES
+        for mode in modes
     ]
+
+
+def _marks(names: list[str], mode: str) -> list[pytest.MarkDecorator]:
+    if "smoke" in names:
+        return [pytest.mark.smoke]
+    core = mode != work.TRAINED if "core" in names else "core both" in names and mode == "both"
+    return [pytest.mark.core] if core else []
 
 
 def _rows_of(lengths: tuple[int, ...]) -> str:
