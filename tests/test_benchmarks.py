@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,15 @@ class TestWhatMayBeTimed:
         with pytest.raises(AssertionError, match="survfuse: the result is wrong"):
             pool.contenders("forward")
 
+    def test_torch_says_in_a_warning_why_it_has_no_kernel(self, pool: PoolBag) -> None:
+        def way() -> torch.Tensor:
+            for text in ("Flash attention kernel not used because:", "it needs fp16 or bf16"):
+                warnings.warn(text, stacklevel=1)
+            raise RuntimeError("No available kernel. Aborting execution.")
+
+        pool.add("SDPA flash", way)
+        assert pool.contenders("forward")[1]["SDPA flash"] == (True, "it needs fp16 or bf16")
+
     def test_a_result_of_another_shape_is_wrong(self, pool: PoolBag) -> None:
         pool.add("SDPA", lambda: pool.ours()[0])
         assert "has shape" in pool.contenders("forward")[1]["SDPA"][1]
@@ -105,7 +115,9 @@ class TestWhatMayBeTimed:
     def test_rows_too_many_for_a_cpu_are_skipped(self) -> None:
         with pytest.raises(pytest.skip.Exception, match="1000000 rows are for GPUs"):
             TokensAttendBag(TokensShape(6, 1, 256, "1M", 1024), torch.float32, "cpu")
-        skip_if_too_long(1_000_000, "cuda")
+        with pytest.raises(pytest.skip.Exception, match=r"1e\+10 pairs are for GPUs"):
+            CrossAttention(CrossShape("100k", "100k", 1, 8), torch.float32, "cpu")
+        skip_if_too_long(1_000_000, "cuda", 10**12)
 
 
 class TestPeers:

@@ -202,7 +202,7 @@ def conclude(results: Path, stem: Path, began: float) -> bool:
     figure = times_figure(rows, f"medians on {stem.name}")
     for suffix in (".png", ".svg"):
         save(figure, stem.with_name(stem.name + suffix))
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     for table in tables_of(rows):
         console.print(table)
     print(f"{len(rows)} rows in {results}, drawn in {stem}.png and {stem.name}.svg")
