@@ -141,7 +141,7 @@ def test_without_the_extra_it_is_named(
         (1, 1, "3 benchmark(s) failed"),
         (2, 130, "stopped"),
         (4, 1, "the benchmarks ended with code 4"),
-        (5, 2, "this set holds no benchmark of pool_bag"),
+        (5, 2, "this set holds no benchmark of what was asked for"),
     ],
 )
 def test_how_pytest_ended_is_how_the_command_ends(
