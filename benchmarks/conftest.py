@@ -1,7 +1,7 @@
 """`pytest benchmarks` measures; rows go to benchmarks/results/<device>.csv.
 
 pytest benchmarks --device cpu -k healnet
-SHARD=1/3 make gpu        (the first of three parts of all shapes)
+SHARD=1/3 make gpu SET=   (the first of three parts of all shapes)
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .peers import COMPILING
 # seconds that the turns of one contender may take, where no number of rounds is asked for
 SECONDS = {"cpu": 1.0, "cuda": 0.25}
 # in the core set, of all shapes together; FlexAttention is compiled for each
-CORE_COMPILE_SECONDS = 90.0
+CORE_COMPILE_SECONDS = 60.0
 SETS = {
     "core": "the shapes that say most: minutes",
     "smoke": "tiny shapes that only show that a benchmark works",
@@ -110,6 +110,20 @@ def bandwidth(device: str) -> float:
     return source.nbytes / (percentiles(samples)[1] / 1e3)
 
 
+def _timed(contenders: dict, device: str, rounds: int) -> tuple[dict, dict]:
+    """Peak megabytes and (p20, p50, p80) milliseconds of each contender."""
+    # the call that shows the peak warms up, too
+    peaks, once = {}, {}
+    for name, way in contenders.items():
+        begin = time.perf_counter()
+        peaks[name] = peak_memory(way, device) / 1e6
+        once[name] = time.perf_counter() - begin
+    seconds = None if rounds else SECONDS[device]
+    rounds = rounds or (30 if device == "cuda" else 7)
+    samples = race(contenders, device, rounds, seconds, once)
+    return peaks, {name: percentiles(times) for name, times in samples.items()}
+
+
 @pytest.fixture
 def measure(request, benchmark, device: str, bandwidth: float, record) -> Callable:
     """Check, race, record. No number comes from a contender whose check fails.
@@ -140,17 +154,7 @@ def measure(request, benchmark, device: str, bandwidth: float, record) -> Callab
             key = (mode, shape, kind) if of_this_shape else (ANY, ANY, ANY)
             absent.append(Row.absent(op, name, *key, note=reason, **about))
             print(f"left out: {name}: {reason}")
-        # the first call warms up, too
-        peaks, once = {}, {}
-        for name, way in contenders.items():
-            begin = time.perf_counter()
-            peaks[name] = peak_memory(way, device) / 1e6
-            once[name] = time.perf_counter() - begin
-        rounds = request.config.getoption("--rounds")
-        budget = None if rounds else SECONDS[device]
-        rounds = rounds or (30 if device == "cuda" else 7)
-        samples = race(contenders, device, rounds, budget, once)
-        medians = {name: percentiles(times) for name, times in samples.items()}
+        peaks, medians = _timed(contenders, device, request.config.getoption("--rounds"))
         against = medians.get(baseline, (float("nan"),) * 3)[1]
         measured = {
             name: Row(

@@ -84,7 +84,7 @@ class CrossAttention(Problem):
         super().__init__(dtype, device)
         self.lengths, self.op, self.label = shape.lengths, shape.op, shape.label
         tq, tk = map(sum, self.lengths)
-        skip_if_too_long(max(tq, tk), device)
+        skip_if_too_long(max(tq, tk), device, shape.pairs * shape.heads)
         heads, d = shape.heads, shape.head_dim
         shapes = {"query": tq, "key": tk, "value": tk}
         self.inputs = {

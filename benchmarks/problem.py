@@ -156,8 +156,7 @@ class Problem:
                 out = way() if gradients else self._without_graph(way)
                 got = [out.detach(), *(self.gradients(out) if gradients else ())]
             except Exception as error:
-                reasons = [first_line(warning.message) for warning in said]
-                return (reasons or [first_line(error)])[0]
+                return _why(error, [first_line(warning.message) for warning in said])
             finally:
                 out = None
         names = ["the result", *(f"d_{name}" for name in self.wanted())]
@@ -220,6 +219,16 @@ class Problem:
                 tensor.detach().clone()
             for tensor in writes:
                 torch.full_like(tensor, 1.0)
+
+
+def _why(error: Exception, said: list[str]) -> str:
+    """Why a call failed: torch warns of each kernel it cannot take, then says that none is left."""
+    if "No available kernel" in str(error):
+        # kernels that nobody asked for are switched off, and headings say nothing
+        empty = ("not used because", "runtime disabled")
+        said = [text for text in said if not any(words in text for words in empty)]
+        return (said or [first_line(error)])[0]
+    return first_line(error)
 
 
 def _words(tensor: Tensor) -> Tensor:

@@ -152,9 +152,10 @@ def main(arguments: list[str]) -> int:
         if wrong:
             print("run python -m benchmarks.render")
         return int(bool(wrong))
-    draw_stale_figures()
     with atomic_path(PAGE) as temporary:
         temporary.write_text(page)
+    # after the page, which needs no other library
+    draw_stale_figures()
     return 0
 
 

@@ -13,6 +13,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # rows of all bags; beyond, one race takes minutes on two cores
 MOST_CPU_ROWS = 250_000
+# pairs of query and key, over all heads
+MOST_CPU_PAIRS = 1_000_000_000
 # 32 bags of 2 to 60 thousand rows, many short and few long as in a cohort: 620,300 rows in all
 RAGGED = (
     *(2_000, 51_300, 8_700, 23_900, 3_400, 14_600, 60_000, 5_900, 31_700, 2_800, 11_200),
@@ -33,10 +35,12 @@ LENGTHS = {
 }
 
 
-def skip_if_too_long(rows: int, device: str) -> None:
+def skip_if_too_long(rows: int, device: str, pairs: int = 0) -> None:
     """Skip a benchmark of bags that only a GPU gets through."""
     if device == "cpu" and rows > MOST_CPU_ROWS:
         pytest.skip(f"{rows} rows are for GPUs; a CPU is given {MOST_CPU_ROWS} at most")
+    if device == "cpu" and pairs > MOST_CPU_PAIRS:
+        pytest.skip(f"{pairs:.0e} pairs are for GPUs; a CPU is given {MOST_CPU_PAIRS:.0e} at most")
 
 
 def cases(rows: list[tuple], modes: tuple[str, ...]) -> list:
@@ -132,11 +136,13 @@ class CrossShape(NamedTuple):
         rows = _rows_of(self.lengths[1 if isinstance(self.keys, str) else 0])
         return f"{few}{rows} h={self.heads} d={self.head_dim}"
 
+    @property
+    def pairs(self) -> int:
+        return sum(q * k for q, k in zip(*self.lengths, strict=True))
+
     def minimum(self, e: int) -> work.Passes:
-        queries, keys = self.lengths
-        pairs = sum(q * k for q, k in zip(queries, keys, strict=True))
-        d = self.head_dim
-        return work.attention(pairs, sum(queries), sum(keys), self.heads, d, d, e)
+        tq, tk = map(sum, self.lengths)
+        return work.attention(self.pairs, tq, tk, self.heads, self.head_dim, self.head_dim, e)
 
 
 class TokensShape(NamedTuple):

@@ -84,8 +84,13 @@ def bench_command(
     if code == _INTERRUPTED:
         print("stopped; what was measured is kept" if shown else "stopped", file=sys.stderr)
         raise typer.Exit(130)
+    refuse(code, failed, log)
+
+
+def refuse(code: int, failed: int, log: Path) -> None:
+    """Raise what another code of pytest than 0 means."""
     if code == _NOTHING_TO_DO:
-        raise ValueError(f"this set holds no benchmark of {', '.join(op or ['any operation'])}")
+        raise ValueError("this set holds no benchmark of what was asked for; --full holds all")
     if code == _FAILED:
         raise RuntimeError(f"{failed} benchmark(s) failed; {log} says why, other rows are kept")
     if code:
@@ -202,7 +207,7 @@ def conclude(results: Path, stem: Path, began: float) -> bool:
     figure = times_figure(rows, f"medians on {stem.name}")
     for suffix in (".png", ".svg"):
         save(figure, stem.with_name(stem.name + suffix))
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     for table in tables_of(rows):
         console.print(table)
     print(f"{len(rows)} rows in {results}, drawn in {stem}.png and {stem.name}.svg")
