@@ -19,7 +19,7 @@ demo: setup
 	$(BIN)/survfuse demo --out runs/demo
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile -q -p no:benchmark
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -p no:benchmark
 
 lint: setup
 	$(BIN)/ruff check .
