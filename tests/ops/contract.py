@@ -298,10 +298,10 @@ OPS = (
         run_spread,
         plain_of_spread,
         make_spread_tokens,
-        ("tiled", "native"),
+        ("tiled", "native", "triton"),
         has_dropout=True,
         registered="spread_tokens",
     ),
-    bag_attends_op("absorbed", "always", ("tiled", "native")),
+    bag_attends_op("absorbed", "always", ("tiled", "native", "triton")),
     bag_attends_op("formed", "never", ("tiled", "native")),
 )

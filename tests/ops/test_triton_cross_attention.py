@@ -194,9 +194,7 @@ def test_small_gradients_survive_fp16(kind: torch.dtype, route: list) -> None:
     found = []
     for size in (1.0, 1e-9):
         gradients = Attended(d_out * size, torch.zeros_like(results.lse))
-        d_query, _, _, d_bias = launchers.cross_attention_backward(
-            gradients, results, *call, needs
-        )
+        d_query, _, _, d_bias = launchers.cross_attention_backward(gradients, results, *call, needs)
         found.append([d_query / size, d_bias / size])
     # without a scale of their own, products of 1e-9 are 0 in fp16
     for large, small in zip(*found, strict=True):

@@ -102,9 +102,10 @@ def test_reads_of_a_trained_bag(reads) -> None:
 @needs_interpreter
 def test_attention_of_few_queries_reads_each_key_once(reads) -> None:
     """Forward, and in the one pass of the backward; also where a bag is cut into slots."""
+    from survfuse.triton_kernels import cross_attention as launchers
+
     from survfuse import Ragged
     from survfuse.attention import Attended, Attention, AttentionNeeds
-    from survfuse.triton_kernels import cross_attention as launchers
 
     g = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(n, 2, 16, generator=g) for n in (12, 620, 620))
