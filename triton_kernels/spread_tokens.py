@@ -57,7 +57,8 @@ def spread_tokens_forward(
     if min(pooling.total, heads, n_keys, value_dim) == 0:
         # without values there is still a logsumexp, of no use to anybody
         return Attended(out.zero_(), lse.fill_(-torch.inf))
-    call, blocks, inputs, constants = _prepare(keys, values, bag, key_bias, pooling)
+    call, inputs, constants = _prepare(keys, values, bag, key_bias, pooling)
+    blocks = _blocks(call, keys, values, backward=False)
     tiles = _tiles(pooling, keys.shape[0], blocks["BLOCK_N"])
     h_blocks, v_blocks = -(-heads // blocks["BLOCK_H"]), -(-value_dim // blocks["BLOCK_V"])
     spread_tokens_fwd_kernel[(tiles * h_blocks * v_blocks,)](
@@ -110,7 +111,8 @@ def spread_tokens_backward(
     gradients = (d_keys, d_values, d_bag, d_bias)
     if min(pooling.total, heads, n_keys, value_dim) == 0:
         return tuple(None if g is None else g.zero_() for g in gradients)
-    call, blocks, inputs, constants = _prepare(keys, values, bag, key_bias, pooling)
+    call, inputs, constants = _prepare(keys, values, bag, key_bias, pooling)
+    blocks = _blocks(call, keys, values, backward=True)
     saved = [lse, *(t.contiguous() for t in d_results)]
     whole = n_keys <= blocks["BLOCK_L"]
     sizes = (n_bags, bag.shape[0], n_keys, pooling.total)
@@ -119,8 +121,9 @@ def spread_tokens_backward(
     if not whole:
         rows = torch.empty((2, *lse.shape), **fp32)
         tiles = _tiles(pooling, n_bags, blocks["BLOCK_N"])
+        shape = blocks if call.problem.half else {**blocks, "num_warps": 4}
         spread_tokens_rows_kernel[(tiles * -(-heads // blocks["BLOCK_H"]),)](
-            *inputs, *saved[:2], rows, *sizes, *numbers, **constants, **blocks
+            *inputs, *saved[:2], rows, *sizes, *numbers, **constants, **shape
         )
     saved.append(rows)
     if needs.keys or needs.values or needs.key_bias:
@@ -128,7 +131,7 @@ def spread_tokens_backward(
             call, blocks, (*inputs, *saved), constants, sizes, whole, (d_keys, d_values, d_bias)
         )
     if d_bag is not None:
-        shape = shapes.trained_blocks(call.problem, blocks)
+        shape = shapes.trained_blocks(call.problem, blocks, crowded=_crowded(call, keys))
         grid = -(-bag.shape[0] // shape["BLOCK_N"]) * -(-width // shape["BLOCK_D"])
         spread_tokens_bag_kernel[(grid,)](
             *inputs, *saved, d_bag, *sizes, *numbers, **constants, **shape, WHOLE=whole
@@ -206,18 +209,32 @@ def _sum_over_patches(
 
 def _prepare(
     keys: Tensor, values: Tensor, bag: Tensor, key_bias: Tensor | None, pooling: Pooling
-) -> tuple[Call, dict[str, int], tuple[Tensor | None, ...], dict[str, object]]:
-    """The call as that of `pool_bag` with rows [B, H * Lk, D], blocks, inputs and constants."""
-    heads, n_keys = keys.shape[1:3]
+) -> tuple[Call, tuple[Tensor | None, ...], dict[str, object]]:
+    """The call as that of `pool_bag` with rows [B, H * Lk, D], inputs and constants."""
+    heads = keys.shape[1]
     rows = keys.flatten(1, 2)
     rows = rows if rows.stride(2) == 1 else rows.contiguous()
     call = make_call(rows, bag, None, pooling)
     a, _, per_key = prepare(call, rows)
-    value_dim = values.shape[3]
-    blocks = shapes.blocks(call.problem, call.limits, heads=heads, keys=n_keys, value_dim=value_dim)
     key_bias = None if key_bias is None else key_bias.contiguous()
     inputs = (a, per_key, values.contiguous(), key_bias, bag, *call.inputs[2:])
-    return call, blocks, inputs, {**call.constants, "HEADS": heads, "DV": value_dim}
+    return call, inputs, {**call.constants, "HEADS": heads, "DV": values.shape[3]}
+
+
+def _crowded(call: Call, keys: Tensor) -> bool:
+    return call.seed is not None or keys.dtype != call.bag.dtype
+
+
+def _blocks(call: Call, keys: Tensor, values: Tensor, *, backward: bool) -> dict[str, int]:
+    return shapes.blocks(
+        call.problem,
+        call.limits,
+        heads=keys.shape[1],
+        keys=keys.shape[2],
+        value_dim=values.shape[3],
+        crowded=_crowded(call, keys),
+        backward=backward,
+    )
 
 
 def _tiles(pooling: Pooling, n_bags: int, rows: int) -> int:

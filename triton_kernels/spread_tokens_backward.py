@@ -15,9 +15,12 @@ import triton.language as tl
 from .cross_attention_tiles import rows_before
 from .ragged import bag_range, rows_of_slot, slots_of_bag
 from .spread_tokens_tiles import (
+    by_head,
+    columns_of_block,
     finish_block,
     keys_of_block,
     load_results,
+    repeat,
     result_factor,
     score_block,
     weigh_block,
@@ -71,29 +74,31 @@ def spread_tokens_rows_kernel(
     dtype: tl.constexpr = bag_ptr.dtype.element_ty
     offs_n = tl.arange(0, BLOCK_N)
     inside = offs_n < count
-    at = rows_before(bag, starts_ptr, lengths_ptr, n_bags, n_stored) + position + offs_n
-    heads = head0 + tl.arange(0, BLOCK_H)
-    factor = result_factor(d_out_ptr, at, heads, inside, HEADS, DV, BLOCK_V, dtype)
-    mean = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
-    weight = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
+    first = rows_before(bag, starts_ptr, lengths_ptr, n_bags, n_stored) + position
+    lse_ptr += first * HEADS
+    d_out_ptr += first * HEADS * DV
+    rows_ptr += first * HEADS
+    factor = result_factor(d_out_ptr, offs_n, inside, head0, HEADS, DV, BLOCK_H, BLOCK_V, dtype)
+    mean = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
+    weight = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
     for j0 in range(0, n_keys, BLOCK_L):
-        heads, keys, entries, exists = keys_of_block(head0, j0, n_keys, HEADS, BLOCK_H, BLOCK_L)
+        key_heads, keys, entries, exists = keys_of_block(head0, j0, n_keys, HEADS, BLOCK_H, BLOCK_L)
         s, bias, ok, _rel, _shift, _rstd = score_block(
             bag_ptr, mean_ptr, rstd_ptr, a_ptr, per_key_ptr, key_bias_ptr,
             first_row + offs_n, inside, bag, entries, exists, n_bags, HEADS * n_keys,
-            scale, eps, stride_bag_row * STRIDE_UNIT,
-            D, NORMALIZE, PRECISION, BLOCK_N, BLOCK_H, BLOCK_L, BLOCK_K,
+            scale, eps, stride_bag_row * STRIDE_UNIT, D, NORMALIZE, PRECISION, BLOCK_K,
         )  # fmt: skip
         softmax, _, dp = weigh_block(
             s, bias, ok, d_out_ptr, lse_ptr, values_ptr, seed_ptr, factor,
-            at, inside, position + offs_n, bag, heads, keys, entries, n_keys,
+            offs_n, inside, position + offs_n, bag, head0, key_heads, keys, entries, n_keys,
             threshold, keep_scale, HEADS, DV, PRECISION, BLOCK_V, dtype,
         )  # fmt: skip
-        mean += tl.sum(softmax * dp, 2)
-        weight += tl.sum(softmax, 2)
+        mean += tl.sum(by_head(softmax * dp, BLOCK_H), 2)
+        weight += tl.sum(by_head(softmax, BLOCK_H), 2)
     share = 1.0 / tl.where(weight == 0, 1.0, weight)
-    place = at[None, :] * HEADS + heads[:, None]
-    mask = inside[None, :] & (heads < HEADS)[:, None]
+    heads = head0 + tl.arange(0, BLOCK_H)
+    place = offs_n[:, None] * HEADS + heads[None, :]
+    mask = inside[:, None] & (heads < HEADS)[None, :]
     tl.store(rows_ptr + place, mean * share, mask=mask)
     tl.store(rows_ptr + total.to(tl.int64) * HEADS + place, share, mask=mask)
 
@@ -165,80 +170,84 @@ def spread_tokens_bwd_kernel(
     if n0 >= count:
         return
     dtype: tl.constexpr = bag_ptr.dtype.element_ty
-    heads, keys, entries, exists = keys_of_block(head0, j0, n_keys, HEADS, BLOCK_H, BLOCK_L)
-    results = rows_before(bag, starts_ptr, lengths_ptr, n_bags, n_stored) + position
-    cols = v_block * BLOCK_V + tl.arange(0, BLOCK_V)
-    acc = tl.zeros((BLOCK_H, BLOCK_L, BLOCK_V), tl.float32)
-    unit = tl.zeros((BLOCK_H, BLOCK_L), tl.float32)
+    key_heads, keys, entries, exists = keys_of_block(head0, j0, n_keys, HEADS, BLOCK_H, BLOCK_L)
+    heads, cols, valid = columns_of_block(head0, v_block * BLOCK_V, HEADS, DV, BLOCK_H, BLOCK_V)
+    first = rows_before(bag, starts_ptr, lengths_ptr, n_bags, n_stored) + position + n0
+    lse_ptr += first * HEADS
+    d_out_ptr += first * HEADS * DV
+    d_lse_ptr += first * HEADS
+    if not WHOLE:
+        rows_ptr += first * HEADS
+    acc = tl.zeros((BLOCK_H * BLOCK_L, BLOCK_H * BLOCK_V), tl.float32)
+    unit = tl.zeros((BLOCK_H * BLOCK_L,), tl.float32)
     n_entries = HEADS * n_keys
     for i in range(tl.minimum(tl.cdiv(count - n0, BLOCK_N), TILES)):
-        offs_n = n0 + i * BLOCK_N + tl.arange(0, BLOCK_N)
+        at = i * BLOCK_N + tl.arange(0, BLOCK_N)
+        offs_n = n0 + at
         inside = offs_n < count
-        at = results + offs_n
         s, bias, ok, rel, shift, rstd = score_block(
             bag_ptr, mean_ptr, rstd_ptr, a_ptr, per_key_ptr, key_bias_ptr,
             first_row + offs_n, inside, bag, entries, exists, n_bags, n_entries,
-            scale, eps, stride_bag_row * STRIDE_UNIT,
-            D, NORMALIZE, PRECISION, BLOCK_N, BLOCK_H, BLOCK_L, BLOCK_K,
+            scale, eps, stride_bag_row * STRIDE_UNIT, D, NORMALIZE, PRECISION, BLOCK_K,
         )  # fmt: skip
-        factor = result_factor(d_out_ptr, at, heads, inside, HEADS, DV, BLOCK_V, dtype)
+        factor = result_factor(d_out_ptr, at, inside, head0, HEADS, DV, BLOCK_H, BLOCK_V, dtype)
         softmax, weights, dp = weigh_block(
             s, bias, ok, d_out_ptr, lse_ptr, values_ptr, seed_ptr, factor,
-            at, inside, position + offs_n, bag, heads, keys, entries, n_keys,
+            at, inside, position + offs_n, bag, head0, key_heads, keys, entries, n_keys,
             threshold, keep_scale, HEADS, DV, PRECISION, BLOCK_V, dtype,
         )  # fmt: skip
         weights, ds = finish_block(
-            softmax, weights, dp, rows_ptr, d_lse_ptr, at, heads, inside, total, HEADS, WHOLE
-        )
-        dz = load_results(d_out_ptr, at, heads, inside, cols, HEADS, DV)
-        left = tl.permute(weights, (0, 2, 1))
+            softmax, weights, dp, rows_ptr, d_lse_ptr, at, inside, head0, total,
+            HEADS, BLOCK_H, WHOLE,
+        )  # fmt: skip
+        dz = load_results(d_out_ptr, at, inside, heads, cols, valid, HEADS, DV)
         if dtype == tl.float16:
             # they shrink with the loss: keep the largest so far at 1
-            dz = dz / factor[:, :, None]
-            left = left * factor[:, None, :]
-            new = tl.maximum(unit, tl.max(tl.abs(left), 2))
+            dz = dz / repeat(factor, BLOCK_V)
+            weights = weights * repeat(factor, BLOCK_L)
+            new = tl.maximum(unit, tl.max(tl.abs(weights), 0))
             safe = tl.where(new > 1e-30, new, 1.0)
-            left = left / safe[:, :, None]
-            acc = acc * (unit / safe)[:, :, None]
+            weights = weights / safe[None, :]
+            acc = acc * (unit / safe)[:, None]
             unit = new
-        acc = tl.dot(left.to(dtype), dz.to(dtype), acc, input_precision=PRECISION)
+        left = tl.trans(weights.to(dtype))
+        acc = tl.dot(left, dz.to(dtype), acc, input_precision=PRECISION)
         if v_block == 0:
             tile = (piece * TILES + i).to(tl.int64)
             tile_at = tile * n_entries + entries
-            tl.store(tile_sum_ptr + tile_at, tl.sum(ds, 1), mask=exists)
+            tile_rows = tl.arange(0, BLOCK_N)
+            tl.store(tile_sum_ptr + tile_at, tl.sum(ds, 0), mask=exists)
             if NORMALIZE:
-                ds = ds * rstd[None, :, None]
-            largest = tl.max(tl.abs(ds), 1)
+                ds = ds * rstd[:, None]
+            largest = tl.max(tl.abs(ds), 0)
             small = tl.where(largest > 1e-30, largest, 1.0)
-            ds = (ds / small[:, None, :]).to(dtype)
+            coef = (ds / small[None, :]).to(dtype)
             ref = tl.where(largest > 1e-30, tl.log(small), -float("inf"))
             tl.store(tile_ref_ptr + tile_at, ref, mask=exists)
-            scratch = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-            tl.store(
-                coef_ptr + scratch[None, :, None] * stride_coef_row + entries[:, None, :],
-                ds,
-                mask=exists[:, None, :],
-            )
+            coef_at = tile_rows[:, None] * stride_coef_row + entries[None, :]
+            scratch = coef_ptr + tile * BLOCK_N * stride_coef_row
+            tl.store(scratch + coef_at, coef, mask=exists[None, :])
             if NORMALIZE:
                 rest = rel
                 if dtype == tl.float32:
                     # the product subtracts the mean on load, all but what rounding leaves of it
                     mean = rel + shift
                     rest = rel - (mean - shift)
-                    tl.store(row_mean_ptr + scratch, mean)
+                    tl.store(row_mean_ptr + tile * BLOCK_N + tile_rows, mean)
                 # of the rounded coefficients, as the product with the bag will see them
-                tile_mean = tl.sum(ds.to(tl.float32) * rest[None, :, None], 1)
+                tile_mean = tl.sum(coef.to(tl.float32) * rest[:, None], 0)
                 tl.store(tile_mean_ptr + tile_at, tile_mean, mask=exists)
 
     if dtype == tl.float16:
-        acc = acc * unit[:, :, None]
-    part_at = (piece.to(tl.int64) * n_entries + entries)[:, :, None] * DV + cols[None, None, :]
+        acc = acc * unit[:, None]
     # nothing for excluded keys, whatever an infinite gradient made of them
     if key_bias_ptr is not None:
         bias_at = bag.to(tl.int64) * n_entries + entries
         bias = tl.load(key_bias_ptr + bias_at, mask=exists, other=-float("inf"))
-        acc = tl.where((bias == -float("inf"))[:, :, None], 0.0, acc)
-    tl.store(part_ptr + part_at, acc, mask=exists[:, :, None] & (cols < DV)[None, None, :])
+        acc = tl.where((bias == -float("inf"))[:, None], 0.0, acc)
+    part_ptr += piece.to(tl.int64) * n_entries * DV
+    own = exists[:, None] & valid[None, :] & (key_heads[:, None] == heads[None, :])
+    tl.store(part_ptr + entries[:, None] * DV + cols[None, :], acc, mask=own)
 
 
 @triton.jit(

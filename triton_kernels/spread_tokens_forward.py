@@ -3,8 +3,8 @@
 Contract: survfuse/ops/spread_tokens.py.  Oracle: survfuse/reference/spread_tokens.py.  Math:
 docs/math.md, "Spreading tokens over a bag".  Layout: one program per (tile of patches, block of
 heads, block of value columns). All keys of its heads are one right side of a product over the
-columns of the bag; the softmax runs over registers, and the product with the values is batched over
-heads. Programs of one tile are neighbours, so that all but one of them read it out of L2.
+columns of the bag; the softmax runs over registers. Programs of one tile are neighbours, so that
+all but one of them read it out of L2.
 """
 
 from __future__ import annotations
@@ -14,7 +14,15 @@ import triton.language as tl
 
 from .cross_attention_tiles import rows_before
 from .ragged import rows_of_slot
-from .spread_tokens_tiles import keep_block, keys_of_block, load_values, score_block
+from .spread_tokens_tiles import (
+    by_head,
+    columns_of_block,
+    keep_block,
+    keys_of_block,
+    load_values,
+    repeat,
+    score_block,
+)
 
 
 @triton.jit(do_not_specialize=["n_bags", "n_stored", "n_keys", "threshold"])
@@ -66,46 +74,46 @@ def spread_tokens_fwd_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     inside = offs_n < count
     rows = first_row + offs_n
-    cols = v_block * BLOCK_V + tl.arange(0, BLOCK_V)
-    acc = tl.zeros((BLOCK_H, BLOCK_N, BLOCK_V), tl.float32)
-    largest = tl.full((BLOCK_H, BLOCK_N), -float("inf"), tl.float32)
-    total = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
+    heads, cols, valid = columns_of_block(head0, v_block * BLOCK_V, HEADS, DV, BLOCK_H, BLOCK_V)
+    values_ptr += bag.to(tl.int64) * HEADS * n_keys * DV
+    acc = tl.zeros((BLOCK_N, BLOCK_H * BLOCK_V), tl.float32)
+    largest = tl.full((BLOCK_N, BLOCK_H), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
     for j0 in range(0, n_keys, BLOCK_L):
-        heads, keys, entries, exists = keys_of_block(head0, j0, n_keys, HEADS, BLOCK_H, BLOCK_L)
+        key_heads, keys, entries, exists = keys_of_block(head0, j0, n_keys, HEADS, BLOCK_H, BLOCK_L)
         s, bias, ok, _rel, _shift, _rstd = score_block(
             bag_ptr, mean_ptr, rstd_ptr, a_ptr, per_key_ptr, key_bias_ptr,
             rows, inside, bag, entries, exists, n_bags, HEADS * n_keys,
-            scale, eps, stride_bag_row * STRIDE_UNIT,
-            D, NORMALIZE, PRECISION, BLOCK_N, BLOCK_H, BLOCK_L, BLOCK_K,
+            scale, eps, stride_bag_row * STRIDE_UNIT, D, NORMALIZE, PRECISION, BLOCK_K,
         )  # fmt: skip
-        logits = tl.where(ok[:, None, :], s + bias[:, None, :], -float("inf"))
-        new = tl.maximum(largest, tl.max(logits, 2))
+        logits = tl.where(ok[None, :], s + bias[None, :], -float("inf"))
+        new = tl.maximum(largest, tl.max(by_head(logits, BLOCK_H), 2))
         finite = tl.where(new == -float("inf"), 0.0, new)
         shrink = tl.exp(largest - finite)
-        weights = tl.exp(logits - finite[:, :, None])
+        weights = tl.exp(logits - repeat(finite, BLOCK_L))
         largest = new
-        total = total * shrink + tl.sum(weights, 2)
+        total = total * shrink + tl.sum(by_head(weights, BLOCK_H), 2)
         if seed_ptr is not None:
-            keep = keep_block(seed_ptr, keys, position + offs_n, heads, bag, threshold, HEADS)
+            keep = keep_block(seed_ptr, keys, key_heads, position + offs_n, bag, threshold, HEADS)
             weights = tl.where(keep, weights, 0.0)
-        at = bag.to(tl.int64) * HEADS * n_keys + entries
-        v = load_values(values_ptr, at, ok, cols, DV, dtype)
-        acc = acc * shrink[:, :, None]
+        v = load_values(values_ptr, key_heads, entries, ok, heads, cols, valid, DV, dtype)
+        acc = acc * repeat(shrink, BLOCK_V)
         acc = tl.dot(weights.to(dtype), v, acc, input_precision=PRECISION)
 
-    heads = head0 + tl.arange(0, BLOCK_H)
     empty = total == 0
     divisor = tl.where(empty, 1.0, total)
-    at = rows_before(bag, starts_ptr, lengths_ptr, n_bags, n_stored) + position + offs_n
-    place = at[None, :] * HEADS + heads[:, None]
-    mask = inside[None, :] & (heads < HEADS)[:, None]
+    first = rows_before(bag, starts_ptr, lengths_ptr, n_bags, n_stored) + position
     if v_block == 0:
         finite = tl.where(largest == -float("inf"), 0.0, largest)
         lse = tl.where(empty, -float("inf"), finite + tl.log(divisor))
-        tl.store(lse_ptr + place, lse, mask=mask)
-    out = acc * (keep_scale / divisor)[:, :, None]
+        row_heads = head0 + tl.arange(0, BLOCK_H)
+        place = offs_n[:, None] * HEADS + row_heads[None, :]
+        mask = inside[:, None] & (row_heads < HEADS)[None, :]
+        tl.store(lse_ptr + first * HEADS + place, lse, mask=mask)
+    out = acc * repeat(keep_scale / divisor, BLOCK_V)
+    place = offs_n[:, None] * (HEADS * DV) + (heads * DV + cols)[None, :]
     tl.store(
-        out_ptr + place[:, :, None] * DV + cols[None, None, :],
+        out_ptr + first * HEADS * DV + place,
         out.to(out_ptr.dtype.element_ty),
-        mask=mask[:, :, None] & (cols < DV)[None, None, :],
+        mask=inside[:, None] & valid[None, :],
     )

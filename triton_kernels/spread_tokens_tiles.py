@@ -1,8 +1,10 @@
 """What the kernels of `spread_tokens` share: a tile of the bag against a block of heads and keys.
 
-Math: docs/math.md, "Spreading tokens over a bag".  A tile's numbers are [HEADS_BLOCK, BLOCK_N,
-BLOCK_L], a batch of heads: rows of the bag by keys. They come from one matrix product over the
-columns of the bag, whose right side is all keys of these heads one behind the other.
+Math: docs/math.md, "Spreading tokens over a bag".  A tile's numbers are [BLOCK_N, R]: rows of the
+bag by the BLOCK_H * BLOCK_L keys of a block of heads, one head behind the other. They come from
+one product over the columns of the bag. Values and results of the heads lie side by side, [.., C]
+with C = BLOCK_H * BLOCK_V, so that a product with them is one, with zeros where heads differ: a
+product batched over heads would give every warp a head of its own and its registers with it.
 """
 
 from __future__ import annotations
@@ -10,18 +12,42 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cross_attention_tiles import logit_gradient, whole_rows
+from .cross_attention_tiles import logit_gradient
 from .pool_bag_scores import score_tile
 from .ragged import keep_mask
 
 
 @triton.jit
 def keys_of_block(head0, j0, n_keys, HEADS: tl.constexpr, G: tl.constexpr, BLOCK_L: tl.constexpr):
-    """Heads [G], keys [L], entries [G, L] among the H * Lk of a bag, and which exist."""
-    heads = head0 + tl.arange(0, G)
-    keys = j0 + tl.arange(0, BLOCK_L)
-    exists = (heads < HEADS)[:, None] & (keys < n_keys)[None, :]
-    return heads, keys, heads[:, None] * n_keys + keys[None, :], exists
+    """Of the R keys of a block: head and key, place among the H * Lk of a bag, and which exist."""
+    offs_r = tl.arange(0, G * BLOCK_L)
+    heads = head0 + offs_r // BLOCK_L
+    keys = j0 + offs_r % BLOCK_L
+    return heads, keys, heads * n_keys + keys, (heads < HEADS) & (keys < n_keys)
+
+
+@triton.jit
+def columns_of_block(
+    head0, v0, HEADS: tl.constexpr, DV: tl.constexpr, G: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """Of the C columns of a block: head, column, and which exist."""
+    offs_c = tl.arange(0, G * BLOCK_V)
+    heads = head0 + offs_c // BLOCK_V
+    cols = v0 + offs_c % BLOCK_V
+    return heads, cols, (heads < HEADS) & (cols < DV)
+
+
+@triton.jit
+def by_head(x, G: tl.constexpr):
+    """[N, R] as [N, G, R / G]."""
+    return tl.reshape(x, (x.shape[0], G, x.shape[1] // G))
+
+
+@triton.jit
+def repeat(x, times: tl.constexpr):
+    """[N, G] as [N, G * times], each number next to itself."""
+    wide = tl.broadcast_to(x[:, :, None], (x.shape[0], x.shape[1], times))
+    return tl.reshape(wide, (x.shape[0], x.shape[1] * times))
 
 
 @triton.jit
@@ -35,8 +61,8 @@ def score_block(
     rows,  # [N] stored rows
     inside,  # [N]
     bag,
-    entries,  # keys_of_block
-    exists,
+    entries,  # [R] keys_of_block
+    exists,  # [R]
     n_bags,
     n_entries,  # H * Lk
     scale,
@@ -45,16 +71,10 @@ def score_block(
     D: tl.constexpr,
     NORMALIZE: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    G: tl.constexpr,
-    BLOCK_L: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Logits without bias [G, N, L], bias, which keys take part, and the rows' statistics."""
-    R: tl.constexpr = G * BLOCK_L
-    at = bag.to(tl.int64) * n_entries + entries
-    flat_at = tl.reshape(at, (R,))
-    flat_exists = tl.reshape(exists, (R,))
+    """Logits without bias [N, R], bias [R], which keys take part, and the rows' statistics."""
+    first = bag.to(tl.int64) * n_entries
     s, _, rel, shift, rstd = score_tile(
         bag_ptr,
         rows,
@@ -63,68 +83,87 @@ def score_block(
         mean_ptr,
         rstd_ptr,
         eps,
-        a_ptr,
+        a_ptr + first * ((D + 15) // 16 * 16),
         None,
-        flat_at * ((D + 15) // 16 * 16),
-        flat_exists,
+        entries * ((D + 15) // 16 * 16),
+        exists,
         D,
         False,
         NORMALIZE,
         PRECISION,
-        BLOCK_N,
-        R,
+        rows.shape[0],
+        entries.shape[0],
         BLOCK_K,
     )
     if NORMALIZE:
-        a_sum = tl.load(per_key_ptr + flat_at, mask=flat_exists, other=0.0)
+        a_sum = tl.load(per_key_ptr + first + entries, mask=exists, other=0.0)
         s = (s - rel[:, None] * a_sum[None, :]) * rstd[:, None]
     plane = n_bags.to(tl.int64) * n_entries
-    factor = tl.load(per_key_ptr + plane + flat_at, mask=flat_exists, other=0.0)
+    factor = tl.load(per_key_ptr + plane + first + entries, mask=exists, other=0.0)
     s = s * (factor * scale)[None, :]
-    s = tl.permute(tl.reshape(s, (BLOCK_N, G, BLOCK_L)), (1, 0, 2))
     ok = exists
-    bias = tl.zeros((G, BLOCK_L), tl.float32)
+    bias = tl.zeros(entries.shape, tl.float32)
     if key_bias_ptr is not None:
-        bias = tl.load(key_bias_ptr + at, mask=exists, other=-float("inf")).to(tl.float32)
+        bias = tl.load(key_bias_ptr + first + entries, mask=exists, other=-float("inf"))
+        bias = bias.to(tl.float32)
         ok = ok & (bias != -float("inf"))
     return s, bias, ok, rel, shift, rstd
 
 
 @triton.jit
-def load_values(values_ptr, at, exists, cols, DV: tl.constexpr, dtype: tl.constexpr):
-    """[G, L, V] of the values [B, H, Lk, DV] in the type of the bag."""
-    mask = exists[:, :, None] & (cols < DV)[None, None, :]
-    v = tl.load(values_ptr + at[:, :, None] * DV + cols[None, None, :], mask=mask, other=0.0)
+def load_values(
+    values_ptr,  # [H, Lk, DV] in    of one bag
+    key_heads,
+    entries,
+    ok,
+    heads,
+    cols,
+    valid,
+    DV: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """[R, C] in the type of the bag: the values of a key in the columns of its own head."""
+    mask = ok[:, None] & valid[None, :] & (key_heads[:, None] == heads[None, :])
+    v = tl.load(values_ptr + entries[:, None] * DV + cols[None, :], mask=mask, other=0.0)
     return v.to(dtype)
 
 
 @triton.jit
-def load_results(ptr, at, heads, inside, cols, HEADS: tl.constexpr, DV: tl.constexpr):
-    """[G, N, V] of the per-row results [total, H, DV], `at` [N] being result rows."""
-    place = (at[None, :] * HEADS + heads[:, None])[:, :, None] * DV + cols[None, None, :]
-    mask = ((heads < HEADS)[:, None] & inside[None, :])[:, :, None] & (cols < DV)[None, None, :]
-    return tl.load(ptr + place, mask=mask, other=0.0)
+def load_results(
+    ptr,  # [.., H, DV] in    from the first row of the tile on
+    at,  # [N] rows from there
+    inside,
+    heads,
+    cols,
+    valid,
+    HEADS: tl.constexpr,
+    DV: tl.constexpr,
+):
+    """[N, C] of what belongs to rows and heads."""
+    place = at[:, None] * (HEADS * DV) + (heads * DV + cols)[None, :]
+    return tl.load(ptr + place, mask=inside[:, None] & valid[None, :], other=0.0)
 
 
 @triton.jit
-def keep_block(seed_ptr, keys, positions, heads, bag, threshold, HEADS: tl.constexpr):
-    """[G, N, L] True where a weight is kept: the mask's position is the key's, its row the patch's."""
-    draws = positions[None, :, None] * HEADS + heads[:, None, None]
-    return keep_mask(tl.load(seed_ptr), keys[None, None, :], draws, bag, threshold)
+def keep_block(seed_ptr, keys, key_heads, positions, bag, threshold, HEADS: tl.constexpr):
+    """[N, R] True where a weight is kept; position of the mask is the key's, row the patch's."""
+    draws = positions[:, None] * HEADS + key_heads[None, :]
+    return keep_mask(tl.load(seed_ptr), keys[None, :], draws, bag, threshold)
 
 
 @triton.jit
 def result_factor(
-    d_out_ptr, at, heads, inside, HEADS: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr,
-    dtype: tl.constexpr,
+    d_out_ptr, at, inside, head0, HEADS: tl.constexpr, DV: tl.constexpr, G: tl.constexpr,
+    BLOCK_V: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """[G, N] powers of two that bring rows of d_out to [1, 2) for fp16; 1 for other types."""
-    largest = tl.zeros((heads.shape[0], at.shape[0]), tl.float32)
+    """[N, G] powers of two that bring rows of d_out to [1, 2) for fp16; 1 for other types."""
+    largest = tl.zeros((at.shape[0], G), tl.float32)
     if dtype == tl.float16:
         for v0 in range(0, DV, BLOCK_V):
-            cols = v0 + tl.arange(0, BLOCK_V)
-            dz = load_results(d_out_ptr, at, heads, inside, cols, HEADS, DV).to(tl.float32)
-            largest = tl.maximum(largest, tl.max(tl.abs(dz), 2))
+            heads, cols, valid = columns_of_block(head0, v0, HEADS, DV, G, BLOCK_V)
+            dz = load_results(d_out_ptr, at, inside, heads, cols, valid, HEADS, DV)
+            dz = tl.abs(dz.to(tl.float32))
+            largest = tl.maximum(largest, tl.max(by_head(dz, G), 2))
         factor = tl.exp2(tl.floor(tl.log2(tl.where(largest > 1e-30, largest, 1.0))))
     else:
         factor = largest + 1.0
@@ -133,19 +172,20 @@ def result_factor(
 
 @triton.jit
 def weigh_block(
-    s,  # [G, N, L] logits without bias
-    bias,  # [G, L]
-    ok,  # [G, L]
-    d_out_ptr,  # [total, H, DV] in
-    lse_ptr,  # [total, H] in
+    s,  # [N, R] logits without bias
+    bias,  # [R]
+    ok,  # [R]
+    d_out_ptr,  # [.., H, DV] in      from the first row of the tile on, as lse
+    lse_ptr,  # [.., H] in
     values_ptr,  # [B, H, Lk, DV] in
     seed_ptr,
-    factor,  # result_factor
-    at,  # [N] result rows
+    factor,  # [N, G] result_factor
+    at,  # [N] rows from there
     inside,
     positions,  # [N] of the patches in their bag
     bag,
-    heads,
+    head0,
+    key_heads,
     keys,
     entries,
     n_keys,
@@ -158,25 +198,27 @@ def weigh_block(
     dtype: tl.constexpr,
 ):
     """Weights before and after dropout, and the gradient of the former by way of the latter."""
+    G: tl.constexpr = factor.shape[1]
     dp = tl.zeros(s.shape, tl.float32)
-    value_at = bag.to(tl.int64) * HEADS * n_keys + entries
+    values_ptr += bag.to(tl.int64) * HEADS * n_keys * DV
     for v0 in range(0, DV, BLOCK_V):
-        cols = v0 + tl.arange(0, BLOCK_V)
-        dz = load_results(d_out_ptr, at, heads, inside, cols, HEADS, DV)
+        heads, cols, valid = columns_of_block(head0, v0, HEADS, DV, G, BLOCK_V)
+        dz = load_results(d_out_ptr, at, inside, heads, cols, valid, HEADS, DV)
         if dtype == tl.float16:
-            dz = dz / factor[:, :, None]
-        v = load_values(values_ptr, value_at, ok, cols, DV, dtype)
-        v = tl.permute(v, (0, 2, 1))
-        dp = tl.dot(dz.to(dtype), v, dp, input_precision=PRECISION)
-    dp = dp * factor[:, :, None]
-    mask = inside[None, :] & (heads < HEADS)[:, None]
-    lse = tl.load(lse_ptr + at[None, :] * HEADS + heads[:, None], mask=mask, other=-float("inf"))
-    included = ok[:, None, :] & (lse != -float("inf"))[:, :, None]
-    shifted = s + bias[:, None, :] - tl.where(lse == -float("inf"), 0.0, lse)[:, :, None]
+            dz = dz / repeat(factor, BLOCK_V)
+        v = load_values(values_ptr, key_heads, entries, ok, heads, cols, valid, DV, dtype)
+        dp = tl.dot(dz.to(dtype), tl.trans(v), dp, input_precision=PRECISION)
+    if dtype == tl.float16:
+        dp = dp * repeat(factor, s.shape[1] // G)
+    mask = inside[:, None] & ok[None, :]
+    lse_at = at[:, None] * HEADS + key_heads[None, :]
+    lse = tl.load(lse_ptr + lse_at, mask=mask, other=-float("inf"))
+    included = mask & (lse != -float("inf"))
+    shifted = s + bias[None, :] - tl.where(lse == -float("inf"), 0.0, lse)
     softmax = tl.exp(tl.where(included, shifted, -float("inf")))
     weights = softmax
     if seed_ptr is not None:
-        keep = keep_block(seed_ptr, keys, positions, heads, bag, threshold, HEADS)
+        keep = keep_block(seed_ptr, keys, key_heads, positions, bag, threshold, HEADS)
         weights = tl.where(keep, softmax * keep_scale, 0.0)
         dp = tl.where(keep, dp * keep_scale, 0.0)
     # by selection: a gradient may be infinite where a weight is 0
@@ -185,8 +227,8 @@ def weigh_block(
 
 @triton.jit
 def finish_block(
-    softmax, weights, dp, rows_ptr, d_lse_ptr, at, heads, inside, total,
-    HEADS: tl.constexpr, WHOLE: tl.constexpr,
+    softmax, weights, dp, rows_ptr, d_lse_ptr, at, inside, head0, total,
+    HEADS: tl.constexpr, G: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Weights and d_logits, whose mean gradient and sum are the block's own or, of [2, total, H],
     what spread_tokens_rows_kernel found.
@@ -194,14 +236,18 @@ def finish_block(
     The sum takes out what the rounding of lse did to the weights; the gradient of lse is added
     after the difference, of which little may be left.
     """
-    place = at[None, :] * HEADS + heads[:, None]
-    mask = inside[None, :] & (heads < HEADS)[:, None]
+    BLOCK_L: tl.constexpr = softmax.shape[1] // G
+    heads = head0 + tl.arange(0, G)
+    place = at[:, None] * HEADS + heads[None, :]
+    mask = inside[:, None] & (heads < HEADS)[None, :]
     if WHOLE:
-        share, mean = whole_rows(softmax, dp, 2)
+        sums = tl.sum(by_head(softmax, G), 2)
+        share = 1.0 / tl.where(sums == 0, 1.0, sums)
+        mean = tl.sum(by_head(softmax * dp, G), 2) * share
     else:
         mean = tl.load(rows_ptr + place, mask=mask, other=0.0)
         share = tl.load(rows_ptr + total.to(tl.int64) * HEADS + place, mask=mask, other=0.0)
     d_lse = tl.load(d_lse_ptr + place, mask=mask, other=0.0)
-    softmax = softmax * share[:, :, None]
-    ds = logit_gradient(softmax, dp, mean[:, :, None], d_lse[:, :, None])
-    return weights * share[:, :, None], ds
+    share = repeat(share, BLOCK_L)
+    ds = logit_gradient(softmax * share, dp, repeat(mean, BLOCK_L), repeat(d_lse, BLOCK_L))
+    return weights * share, ds

@@ -64,7 +64,6 @@ def spread_tokens_bag_kernel(
     """Grid: (cdiv(T, BLOCK_N) * cdiv(D, BLOCK_D),)."""
     D_BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     PADDED: tl.constexpr = (D + 15) // 16 * 16
-    R: tl.constexpr = BLOCK_H * BLOCK_L
     dtype: tl.constexpr = bag_ptr.dtype.element_ty
     low = (tl.program_id(0) // D_BLOCKS).to(tl.int64) * BLOCK_N
     rows = low + tl.arange(0, BLOCK_N)
@@ -83,42 +82,48 @@ def spread_tokens_bag_kernel(
         start, length = bag_range(bag, starts_ptr, lengths_ptr, n_bags, n_stored)
         inside = (rows >= start) & (rows < start + length)
         positions = (rows - start).to(tl.int32)
-        at = rows_before(bag, starts_ptr, lengths_ptr, n_bags, n_stored) + positions
+        # where the tile's first row would have its results, were it in the bag
+        first = rows_before(bag, starts_ptr, lengths_ptr, n_bags, n_stored) + low - start
+        at = tl.arange(0, BLOCK_N)
+        d_out_here = d_out_ptr + first * (HEADS * DV)
+        rows_here = rows_ptr
+        if not WHOLE:
+            rows_here += first * HEADS
         for head0 in range(0, HEADS, BLOCK_H):
-            heads = head0 + tl.arange(0, BLOCK_H)
-            factor = result_factor(d_out_ptr, at, heads, inside, HEADS, DV, BLOCK_V, dtype)
+            factor = result_factor(
+                d_out_here, at, inside, head0, HEADS, DV, BLOCK_H, BLOCK_V, dtype
+            )
             for j0 in range(0, n_keys, BLOCK_L):
-                heads, keys, entries, exists = keys_of_block(
+                key_heads, keys, entries, exists = keys_of_block(
                     head0, j0, n_keys, HEADS, BLOCK_H, BLOCK_L
                 )
                 s, bias, ok, rel, shift, rstd = score_block(
                     bag_ptr, mean_ptr, rstd_ptr, a_ptr, per_key_ptr, key_bias_ptr,
                     rows, inside, bag, entries, exists, n_bags, n_entries,
-                    scale, eps, stride_bag_row * STRIDE_UNIT,
-                    D, NORMALIZE, PRECISION, BLOCK_N, BLOCK_H, BLOCK_L, BLOCK_K,
+                    scale, eps, stride_bag_row * STRIDE_UNIT, D, NORMALIZE, PRECISION, BLOCK_K,
                 )  # fmt: skip
                 softmax, weights, dp = weigh_block(
-                    s, bias, ok, d_out_ptr, lse_ptr, values_ptr, seed_ptr, factor,
-                    at, inside, positions, bag, heads, keys, entries, n_keys,
+                    s, bias, ok, d_out_here, lse_ptr + first * HEADS, values_ptr, seed_ptr, factor,
+                    at, inside, positions, bag, head0, key_heads, keys, entries, n_keys,
                     threshold, keep_scale, HEADS, DV, PRECISION, BLOCK_V, dtype,
                 )  # fmt: skip
                 _, ds = finish_block(
-                    softmax, weights, dp, rows_ptr, d_lse_ptr, at, heads, inside, total,
-                    HEADS, WHOLE,
+                    softmax, weights, dp, rows_here, d_lse_ptr + first * HEADS, at, inside,
+                    head0, total, HEADS, BLOCK_H, WHOLE,
                 )  # fmt: skip
-                entry = bag.to(tl.int64) * n_entries + tl.reshape(entries, (R,))
-                used = tl.reshape(exists, (R,))
+                bag_entry = bag.to(tl.int64) * n_entries
                 if NORMALIZE:
-                    along += tl.sum(tl.sum(ds * s, 2), 0)
+                    along += tl.sum(ds * s, 1)
                     row_mean = tl.where(inside, rel, row_mean)
                     row_shift = tl.where(inside, shift, row_shift)
                     row_rstd = tl.where(inside, rstd, row_rstd)
                 plane = n_bags.to(tl.int64) * n_entries
-                a_factor = tl.load(per_key_ptr + plane + entry, mask=used, other=0.0)
-                left = tl.reshape(tl.permute(ds, (1, 0, 2)), (BLOCK_N, R))
-                left = left * (a_factor * scale)[None, :]
+                a_factor = tl.load(
+                    per_key_ptr + plane + bag_entry + entries, mask=exists, other=0.0
+                )
+                left = ds * (a_factor * scale)[None, :]
                 if NORMALIZE:
-                    a_sum = tl.load(per_key_ptr + entry, mask=used, other=0.0)
+                    a_sum = tl.load(per_key_ptr + bag_entry + entries, mask=exists, other=0.0)
                     flat += tl.sum(left * a_sum[None, :], 1)
                 if dtype == tl.float16:
                     # they shrink with the loss: keep the largest so far at 1
@@ -127,8 +132,9 @@ def spread_tokens_bag_kernel(
                     left = left / safe[:, None]
                     acc = acc * (unit / safe)[:, None]
                     unit = new
-                mask = used[:, None] & (cols < D)[None, :]
-                a = tl.load(a_ptr + (entry * PADDED)[:, None] + cols[None, :], mask=mask, other=0.0)
+                mask = exists[:, None] & (cols < D)[None, :]
+                a_at = (entries * PADDED)[:, None] + cols[None, :]
+                a = tl.load(a_ptr + bag_entry * PADDED + a_at, mask=mask, other=0.0)
                 acc = tl.dot(left.to(dtype), a, acc, input_precision=PRECISION)
         bag = next_bag(bag, low, low + BLOCK_N, starts_ptr, lengths_ptr, n_bags, n_stored)
 
