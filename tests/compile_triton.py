@@ -26,13 +26,14 @@ from typing import Any
 import compile_attention
 import compile_gated
 import compile_pool_bag
+import compile_spread
 import triton
 from compile_calls import OPTIONS, Launch
 from survfuse.triton_kernels.pool_bag_shapes import Limits
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-CALLS = (compile_pool_bag, compile_attention, compile_gated)
+CALLS = (compile_pool_bag, compile_attention, compile_gated, compile_spread)
 TARGETS = {
     # shared memory a program may have, in bytes
     "sm_80": (GPUTarget("cuda", 80, 32), 166912),

@@ -67,7 +67,7 @@ class State:
     def __init__(self, pooled: Tensor, call: Call) -> None:
         self.call = call
         self.results = PooledBag(pooled, *(pooled.new_empty(call.shape[:2]) for _ in range(2)))
-        self.pair = _planes(pooled, 2, 3 * call.shape[0] * call.shape[1])
+        self.pair = planes(pooled, 2, 3 * call.shape[0] * call.shape[1])
         self.n_merged = 0
 
     def merge(
@@ -201,7 +201,7 @@ def products(
     n_scratch = slots.chunk * slots.rows
     coef = torch.empty((n_scratch, stride), dtype=bag.dtype, device=bag.device)
     row_mean = part.new_empty((n_scratch if call.normalize else 1,))
-    tiles = _planes(part, 4, n_scratch // tile * n_rows)
+    tiles = planes(part, 4, n_scratch // tile * n_rows)
     sums = (tiles[2], tiles[3] if dz is None else None)
     for first in range(0, slots.count, slots.chunk):
         chunk = min(slots.chunk, slots.count - first)
@@ -332,10 +332,10 @@ def _partials(call: Call, slots: shapes.Slots) -> tuple[Tensor, list[Tensor]]:
     """A chunk's sums [C, R, D], and its maxima, sums and kept sums [C, R]."""
     _, n_rows, width = call.shape
     part = torch.empty((slots.chunk, n_rows, width), dtype=torch.float32, device=call.bag.device)
-    return part, _planes(part, 3, slots.chunk * n_rows)
+    return part, planes(part, 3, slots.chunk * n_rows)
 
 
-def _planes(like: Tensor, count: int, size: int) -> list[Tensor]:
+def planes(like: Tensor, count: int, size: int) -> list[Tensor]:
     """Vectors of `size` in one allocation, each aligned: Triton compiles anew where it changes."""
     planes = like.new_empty((count, -(-size // 4) * 4))
     return [plane[:size] for plane in planes]

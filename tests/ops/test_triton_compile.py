@@ -39,6 +39,8 @@ def test_kernels_compile_for_hopper_without_spills() -> None:
         *("cross_attention_bwd_query", "cross_attention_bwd_key"),
         *("cross_attention_merge", "cross_attention_sum"),
         *("gated_scores", "gated_hidden", "gated_weights", "gated_bag"),
+        *("spread_tokens_fwd", "spread_tokens_bwd", "spread_tokens_rows", "spread_tokens_bag"),
+        "spread_tokens_sum",
     }
 
 

@@ -125,3 +125,32 @@ def test_attention_of_few_queries_reads_each_key_once(reads) -> None:
     needs = AttentionNeeds(query=True, key=True, value=True, bias=False)
     launchers.cross_attention_backward(ones, results, query, key, value, None, attention, needs)
     assert all(torch.equal(count, expected) for count in counts)
+
+
+@needs_interpreter
+def test_spread_tokens_reads_each_row_once(reads) -> None:
+    """Forward, and twice backward: once for the weights, once for their product with the bag."""
+    from survfuse.triton_kernels import spread_tokens as launchers
+
+    from survfuse import Ragged
+    from survfuse.attention import Attended
+    from survfuse.pooling import Pooling, SpreadNeeds
+
+    g = torch.Generator().manual_seed(0)
+    keys, values, bag = (
+        torch.randn(*s, generator=g) for s in ((2, 2, 6, 40), (2, 2, 6, 8), (90, 40))
+    )
+    ranges = Ragged.from_ranges([2, 50], [40, 33])
+    pooling = Pooling(*ranges, scale=0.3, normalize=False, eps=0.0, mean=None, rstd=None)
+    inside = torch.zeros(90, dtype=torch.int64)
+    inside[2:42] = 1
+    inside[50:83] = 1
+    expected = inside[:, None].expand_as(bag)
+    counts = reads(bag)
+    results = launchers.spread_tokens_forward(keys, values, bag, None, pooling)
+    assert torch.equal(counts, expected)
+    counts.zero_()
+    ones = Attended(*(torch.ones_like(result) for result in results))
+    needs = SpreadNeeds(keys=True, values=True, bag=False, key_bias=False)
+    launchers.spread_tokens_backward(ones, results.lse, keys, values, bag, None, pooling, needs)
+    assert torch.equal(counts, 2 * expected)
