@@ -9,10 +9,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.plain_healnet import PlainHEALNet
 from survfuse import Ragged
 from survfuse.batch import BagBatch
 from survfuse.models import HEALNet, HEALNetConfig
+
+from .plain_healnet import PlainHEALNet
 
 CORE = pytest.mark.core
 
@@ -30,6 +31,7 @@ def make_models(dim: int, device: str, dtype: torch.dtype):
 @pytest.mark.parametrize(
     "n_rows",
     [
+        pytest.param(50, marks=pytest.mark.smoke, id="50"),
         pytest.param(5_000, id="5k"),
         pytest.param(20_000, id="20k"),
         pytest.param(100_000, marks=CORE, id="100k"),

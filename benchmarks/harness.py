@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import ctypes
 import datetime
+import functools
+import math
 import platform
 import subprocess
 import time
@@ -14,8 +16,15 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+import survfuse
+from survfuse.data.atomic import atomic_path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+RESULTS = HERE / "results"
+# fewer turns than this have no percentiles
+FEWEST_TURNS = 3
+ANY = "*"
 
 
 @dataclass
@@ -41,9 +50,18 @@ class Row:
     triton: str = ""
     threads: int = 0
     date: str = ""
+    moved_gbytes: float = float("nan")  # bytes this way of computing it moves
+    # why there is no time; mode, shape and dtype are "*" where it does not depend on them
+    note: str = ""
+
+    @classmethod
+    def absent(cls, op: str, backend: str, mode: str, shape: str, dtype: str, **rest) -> Row:
+        """A contender that took no part, and `note` why."""
+        return cls(op, backend, mode, shape, dtype, **rest, **dict.fromkeys(_NUMBERS, math.nan))
 
 
 KEY = tuple(field.name for field in fields(Row))[:6]
+_NUMBERS = tuple(field.name for field in fields(Row))[6:14]
 
 
 def device_name(device: str) -> str:
@@ -67,11 +85,8 @@ def versions() -> dict[str, str | int]:
         triton_version = triton.__version__
     except ImportError:
         triton_version = "none"
-    commit = _git("rev-parse", "--short=12", "HEAD") or "unknown"
-    if _git("status", "--porcelain", "--untracked-files=no"):
-        commit += "+changes"
     return {
-        "commit": commit,
+        "commit": commit(),
         "torch": torch.__version__,
         "triton": triton_version,
         "threads": torch.get_num_threads(),
@@ -79,10 +94,23 @@ def versions() -> dict[str, str | int]:
     }
 
 
+@functools.cache
+def commit() -> str:
+    """The commit of the sources, or the version of an installed package."""
+    # an environment may lie inside somebody else's repository
+    if _git("rev-parse", "--show-toplevel") != str(ROOT):
+        return f"survfuse-{survfuse.__version__}"
+    name = _git("rev-parse", "--short=12", "HEAD") or "unknown"
+    return name + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
+
+
 def _git(*arguments: str) -> str:
-    done = subprocess.run(
-        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return ""
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
@@ -112,17 +140,45 @@ def time_once(function: Callable[[], object], device: str) -> float:
 
 
 def race(
-    contenders: dict[str, Callable[[], object]], device: str, rounds: int
+    contenders: dict[str, Callable[[], object]],
+    device: str,
+    rounds: int,
+    seconds: float | None = None,
+    once: dict[str, float] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of every contender, taken in turn so that a drifting machine drifts for all."""
+    """Seconds of every contender, taken in turn so that a drifting machine drifts for all.
+
+    Args:
+        contenders: name -> what is timed.
+        device: cpu or cuda.
+        rounds: turns of each.
+        seconds: if given, a contender that would take longer gets fewer turns, spread over the
+            race, and FEWEST_TURNS at least.
+        once: seconds of a call that warmed each contender up; without it they are called here.
+    """
     samples: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(2 if device == "cuda" else 1):
-        for function in contenders.values():
-            function()
-    for _ in range(rounds):
+    turns = dict.fromkeys(contenders, rounds)
+    for name, function in contenders.items():
+        if once is None or device == "cuda":
+            took = wall_clock(function, device)
+        else:
+            took = once[name]
+        if seconds is not None:
+            turns[name] = min(rounds, max(FEWEST_TURNS, int(seconds / max(took, 1e-9))))
+    for turn in range(rounds):
         for name, function in contenders.items():
-            samples[name].append(time_once(function, device))
+            if (turn + 1) * turns[name] // rounds > turn * turns[name] // rounds:
+                samples[name].append(time_once(function, device))
     return samples
+
+
+def wall_clock(function: Callable[[], object], device: str) -> float:
+    """Seconds of one call as the host sees it."""
+    begin = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
 
 
 def peak_memory(function: Callable[[], object], device: str) -> float:
@@ -154,11 +210,7 @@ def _status(field: str) -> float:
 
 def write_rows(path: Path, rows: list[Row]) -> None:
     """Merge rows into a results file: one row per key, the newest."""
-    table: dict[tuple, dict] = {}
-    if path.exists():
-        with path.open(newline="") as stream:
-            for old in csv.DictReader(stream):
-                table[tuple(old[k] for k in KEY)] = old
+    table = {tuple(old[k] for k in KEY): old for old in read_rows(path)}
     for row in rows:
         record = {
             key: f"{value:.5g}" if isinstance(value, float) else value
@@ -166,9 +218,16 @@ def write_rows(path: Path, rows: list[Row]) -> None:
         }
         table[tuple(str(record[k]) for k in KEY)] = record
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
-    with temporary.open("w", newline="") as stream:
+    with atomic_path(path) as temporary, temporary.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, [field.name for field in fields(Row)])
         writer.writeheader()
         writer.writerows(table[key] for key in sorted(table))
-    temporary.replace(path)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a results file as text, none where there is no file."""
+    if not path.exists():
+        return []
+    blank = {field.name: "" for field in fields(Row)}
+    with path.open(newline="") as stream:
+        return [blank | row for row in csv.DictReader(stream)]

@@ -49,3 +49,28 @@ class AttentionNeeds(NamedTuple):
     key: bool
     value: bool
     bias: bool
+
+
+class BlockSide(NamedTuple):
+    """One side of `block_attention`: what it asks with, and what it is asked for."""
+
+    query: Tensor | None = None  # [B, G, H, d], or packed [T, H, d]; None if no block asks for it
+    key: Tensor | None = None  # the same rows; None if no block attends to this side
+    value: Tensor | None = None  # [..., H, dv]
+    bias: Tensor | None = None  # of the keys, [B, G] or [T]; -inf excludes
+    ragged: Ragged | None = None  # the ranges of a packed side
+
+
+class BlockAttended(NamedTuple):
+    """What `block_attention` returns; None for a side that no block serves."""
+
+    tokens_out: Tensor | None  # [B, G, H, dv]
+    tokens_lse: Tensor | None  # [B, G, H]
+    tokens_mass: Tensor | None  # [B, G, H, 2], of each row's weight: on the tokens, on the bag
+    bag_out: Tensor | None  # [total, H, dv]
+    bag_lse: Tensor | None  # [total, H]
+    bag_mass: Tensor | None  # [total, H, 2]
+
+
+# in the order in which they draw their masks
+BLOCKS = ("tokens->tokens", "tokens->bag", "bag->tokens", "bag->bag")

@@ -1,4 +1,4 @@
-"""What every implementation of `pool_bag`, `pool_weights` and `spread_tokens` is told."""
+"""What every implementation of the pooling operations is told, and what it returns."""
 
 from __future__ import annotations
 
@@ -54,6 +54,42 @@ class SpreadNeeds(NamedTuple):
     values: bool
     bag: bool
     key_bias: bool
+
+
+class Gate(NamedTuple):
+    """The parameters of gated attention: L hidden units, K pools."""
+
+    w_tanh: Tensor  # [L, D]
+    b_tanh: Tensor | None  # [L]
+    w_gate: Tensor  # [L, D]
+    b_gate: Tensor | None  # [L]
+    w_score: Tensor  # [K, L]
+    b_score: Tensor | None  # [K]
+
+
+class GatedBag(NamedTuple):
+    """What `gated_attention_pool` returns; its gradients come in the same order."""
+
+    pooled: Tensor  # [B, K, D], dtype of w_score
+    lse: Tensor  # [B, K], fp32 (fp64 for fp64)
+
+
+class GatedNeeds(NamedTuple):
+    """Which gradients of a gated operation are wanted."""
+
+    bag: bool
+    w_tanh: bool
+    b_tanh: bool
+    w_gate: bool
+    b_gate: bool
+    w_score: bool
+    b_score: bool
+    bias: bool
+
+    @property
+    def hidden(self) -> bool:
+        """Whether any needs the gradient of the hidden layer."""
+        return self.bag or self.w_tanh or self.b_tanh or self.w_gate or self.b_gate
 
 
 def accumulation_type(dtype: torch.dtype) -> torch.dtype:

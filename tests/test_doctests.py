@@ -35,7 +35,20 @@ def test_examples(name: str) -> None:
 
 @pytest.mark.parametrize(
     "item",
-    [Ragged, ops.pool_bag, ops.pool_weights, ops.tokens_attend_bag, ops.selected_backend],
+    [
+        Ragged,
+        ops.bag_attends_tokens,
+        ops.cross_attention,
+        ops.pool_bag,
+        ops.pool_weights,
+        ops.selected_backend,
+        ops.spread_tokens,
+        ops.tokens_attend_bag,
+        ops.cross_attention_weights,
+        ops.merge_attention,
+        ops.merge_over_group,
+        ops.block_attention,
+    ],
     ids=lambda item: item.__name__,
 )
 def test_public_ops_have_an_example(item) -> None:

@@ -16,7 +16,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # where each package of the installed library lies in the sources
-PACKAGES = {"survfuse": ROOT / "survfuse", "survfuse.triton_kernels": ROOT / "triton_kernels"}
+PACKAGES = {
+    "survfuse": ROOT / "survfuse",
+    "survfuse.triton_kernels": ROOT / "triton_kernels",
+    "survfuse.benchmarks": ROOT / "benchmarks",
+}
 
 # types, errors and files that belong to no room; each may be used by all
 NEUTRAL = {
@@ -31,7 +35,9 @@ NEUTRAL = {
 }
 # room -> the rooms it may import, lazily or not; a room may always import itself
 ARROWS = {
-    "cli": {"training", "evaluation", "data"},
+    "cli": {"training", "evaluation", "data", "benchmarks"},
+    # measures what users call; nothing but the command that runs it knows of it
+    "benchmarks": {"models", "ops"},
     "training": {"evaluation", "models", "data"},
     "evaluation": set(),
     "models": {"layers", "ops"},
@@ -56,10 +62,16 @@ EXCEPTIONS = {
 BASE = {"torch", "numpy", "survfuse"}
 OPTIONAL = {
     *("h5py", "matplotlib", "openpyxl", "openslide", "pandas", "PIL", "pydantic", "rich"),
-    *("scipy", "triton", "typer", "yaml"),
+    *("pytest", "pytest_benchmark", "scipy", "triton", "typer", "yaml"),
 }
 # where an optional library may be imported at the top: modules nobody imports without needing it
-TOP_LEVEL = {"survfuse.cli": {"rich", "typer"}, "survfuse.triton_kernels": {"triton"}}
+TOP_LEVEL = {
+    "survfuse.cli": {"rich", "typer"},
+    "survfuse.triton_kernels": {"triton"},
+    "survfuse.benchmarks": {"pytest"},
+}
+# what benchmarks race against where somebody has it; nothing else may import it
+PEERS = {"flash_attn", "flash_attn_interface", "xformers"}
 HEAVY = ("triton", "openslide", "matplotlib", "pandas", "scipy", "h5py", "pydantic", "sklearn")
 IMPORT_SECONDS = 0.3
 MAX_LINES = 450
@@ -175,7 +187,8 @@ def test_imports_follow_the_arrows() -> None:
         source, target = room_of(found.importer), room_of(found.target)
         if target is None or source is None or source == target or found.target == found.importer:
             continue
-        if target == "__version__":
+        # what the top of the package shows
+        if target in ("__version__", "Ragged"):
             continue
         if source in NEUTRAL:
             allowed = NEUTRAL[source]
@@ -199,14 +212,15 @@ def third_party(found: Import) -> str | None:
 
 def test_only_known_libraries_are_imported() -> None:
     """In particular nothing under the GPL, such as scikit-survival, which tests may use."""
-    packages = {"benchmarks": ROOT / "benchmarks", "setup": ROOT / "setup.py"}
-    known = OPTIONAL | {"pytest", "setuptools", "pybind11", "benchmarks"}
-    outside = [found for found in IMPORTS if third_party(found) not in {None, *OPTIONAL}]
-    for package, folder in packages.items():
-        files = {package: folder} if folder.is_file() else modules({package: folder})
-        for name, path in files.items():
-            found_here = imports_of(name, path)
-            outside += [found for found in found_here if third_party(found) not in {None, *known}]
+    outside = []
+    for found in [*IMPORTS, *imports_of("setup", ROOT / "setup.py")]:
+        known = {None, *OPTIONAL}
+        if found.importer.startswith("survfuse.benchmarks."):
+            known |= PEERS
+        elif found.importer == "setup":
+            known = {None, "setuptools", "pybind11"}
+        if third_party(found) not in known:
+            outside.append(found)
     assert not outside, [f"{found.importer}:{found.line} {found.target}" for found in outside]
 
 
@@ -228,12 +242,16 @@ def test_optional_libraries_are_imported_where_they_are_used() -> None:
 
 
 def test_a_missing_optional_library_is_named_with_its_extra() -> None:
-    """Lazy imports outside the command line, which has words of its own, go through `require`."""
+    """Lazy imports outside the command line, which has words of its own, go through `require`.
+
+    Nor do benchmarks: a peer that is missing is left out of the race.
+    """
     bare = [
         f"{found.importer}:{found.line} imports {found.target} without require"
         for found in IMPORTS
         if third_party(found) and found.lazy and not found.required
-        if not found.importer.startswith("survfuse.cli")
+        if not found.importer.startswith(("survfuse.cli", "survfuse.benchmarks.peers"))
+        if not (found.importer == "survfuse.benchmarks.harness" and found.target == "triton")
     ]
     assert not bare, "\n".join(bare)
 

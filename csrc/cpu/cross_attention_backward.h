@@ -15,6 +15,7 @@ struct CrossAttentionBackwardKernel {
   // Rows of a tile: where they lie, and where their gradients go.
   struct Here {
     int64_t bag, head, row, position, n;
+    int64_t offset;  // among the rows whose logits are held
     const Element *x1, *x2;
     int64_t ld1, ld2;
   };
@@ -46,8 +47,7 @@ struct CrossAttentionBackwardKernel {
           few_queries(p, t, at, out_row, false);
         else
           few_keys(p, t, at, start, out_row + at.position, slot);
-        gather(p, t, at, slot);
-        scatter(p, t, at);
+        add_gradients(p, t, at, slot);
       }
     }
   }
@@ -59,6 +59,7 @@ struct CrossAttentionBackwardKernel {
             item.row + done,
             item.position + done,
             std::min(height, item.length - done),
+            0,
             nullptr,
             nullptr,
             0,
@@ -77,6 +78,7 @@ struct CrossAttentionBackwardKernel {
         for (int64_t done = 0; done < item.length; done += t.height) {
           Here at = part_of(item, done, t.height);
           at.head = h;
+          at.offset = done;
           t.scores = scores + done;
           t.grads = grads + done;
           read(p, t, at, out_row);
@@ -89,10 +91,7 @@ struct CrossAttentionBackwardKernel {
       Here whole = part_of(item, 0, item.length);
       whole.head = h;
       few_queries(p, t, whole, out_row, true);
-      each_tile([&](const Here& at) {
-        gather(p, t, at, slot);
-        scatter(p, t, at);
-      });
+      each_tile([&](const Here& at) { add_gradients(p, t, at, slot); });
     }
   }
 
@@ -110,10 +109,10 @@ struct CrossAttentionBackwardKernel {
   // Both products of the tile with the short side.
   static void score(Tile& t, const Here& at) {
     const int64_t h = at.head;
-    dots<P>(t.short1 + h * t.padded_short * t.dim, t.dim, t.n_short, at.x1, at.ld1, at.n, t.dim,
-            t.scores, t.ld_scores, at.x1 != t.buffer1);
-    dots<P>(t.short2 + h * t.padded_short * t.value_dim, t.value_dim, t.n_short, at.x2, at.ld2,
-            at.n, t.value_dim, t.grads, t.ld_scores, at.x2 != t.buffer2);
+    t.score(t.short1 + h * t.padded_short * t.dim, t.dim, at.x1, at.ld1, at.n, t.scores,
+            at.x1 != t.buffer1);
+    t.score(t.short2 + h * t.padded_short * t.value_dim, t.value_dim, at.x2, at.ld2, at.n, t.grads,
+            at.x2 != t.buffer2);
   }
 
   // scores become the weights after dropout, grads the gradients of the logits.
@@ -228,69 +227,90 @@ struct CrossAttentionBackwardKernel {
         .apply(at.bag, at.position * in.n_heads + at.head, in.n_heads, r, 0, at.n, values);
   }
 
+  // All gradients a tile gives, from its weights and the gradients of its logits.
+  static void add_gradients(const CrossAttentionBackward& p, Tile& t, const Here& at,
+                            Slot<Acc>& slot) {
+    if (t.few && p.d_bias) add_bias(p, t, at);
+    const Acc scale = static_cast<Acc>(p.in.scale);
+    for (int64_t r = 0; r < t.n_short; ++r)
+      for (int64_t i = 0; i < at.n; ++i) t.grads[r * t.ld_scores + i] *= scale;
+    gather(p, t, at, slot);
+    scatter(p, t, at);
+  }
+
   // What the tile adds to the gradients of the short rows.
   static void gather(const CrossAttentionBackward& p, Tile& t, const Here& at, Slot<Acc>& slot) {
     const CrossAttentionParams& in = p.in;
     const int64_t ld1 = slot_columns(in.dim), ld2 = slot_columns(in.value_dim);
-    const int64_t first = at.head * t.n_short, n = round_up(at.n, P::kPairs);
-    if (t.few ? p.d_query != nullptr : p.d_key != nullptr) {
-      for (int64_t r = 0; r < t.n_short; ++r)
-        t.weigh_row(t.grads, r, at.n, static_cast<Acc>(in.scale));
-      accumulate<P>(t.weights, t.ld_weights, t.n_short, at.x1, at.ld1, n, t.dim,
-                    slot.first + first * ld1, ld1);
-    }
-    if (!t.few && p.d_value) {
-      for (int64_t r = 0; r < t.n_short; ++r) t.weigh_row(t.scores, r, at.n, 1);
-      accumulate<P>(t.weights, t.ld_weights, t.n_short, at.x2, at.ld2, n, t.value_dim,
-                    slot.second + first * ld2, ld2);
-    }
+    const int64_t first = at.head * t.n_short;
+    if (t.few ? p.d_query != nullptr : p.d_key != nullptr)
+      t.gather(t.grads, at.n, at.x1, at.ld1, t.dim, slot.first + first * ld1, ld1);
+    if (!t.few && p.d_value)
+      t.gather(t.scores, at.n, at.x2, at.ld2, t.value_dim, slot.second + first * ld2, ld2);
   }
 
   // The gradients of the tile's own rows.
   static void scatter(const CrossAttentionBackward& p, Tile& t, const Here& at) {
     const CrossAttentionParams& in = p.in;
-    void* d_long = t.few ? p.d_key : p.d_query;
-    if (d_long) {
-      if (at.head == 0 || !t.shared) std::memset(t.row1, 0, at.n * t.dim * sizeof(Acc));
-      t.turn(t.grads, at.n, static_cast<Acc>(in.scale));
-      accumulate<P>(t.turned, t.padded_short, at.n, t.short1 + at.head * t.padded_short * t.dim,
-                    t.dim, t.padded_short, t.dim, t.row1, t.dim);
-      if (!t.shared || at.head == in.n_heads - 1) {
-        const int64_t heads = t.shared ? 1 : in.n_heads, head = t.shared ? 0 : at.head;
-        for (int64_t i = 0; i < at.n; ++i) {
-          Acc* line = t.row1 + i * t.dim;
-          if (!t.few && in.normalize)
-            normalize_gradient(in.dim, at.x1 + i * at.ld1, t.rstd[i], line);
-          write(p, t, at, i, line, in.dim, d_long, (at.row + i) * heads + head);
-        }
-      }
+    if (void* d_long = t.few ? p.d_key : p.d_query) {
+      const Element* a = t.short1 + at.head * t.padded_short * t.dim;
+      if (t.shared)
+        add_shared(p, t, at, a, d_long);
+      else
+        write_rows(p, t, at, t.grads, a, in.dim, t.dim, t.row1, d_long);
     }
     if (!t.few) return;
     if (p.d_value) {
-      std::memset(t.row2, 0, at.n * t.value_dim * sizeof(Acc));
-      t.turn(t.scores, at.n, 1);
-      accumulate<P>(t.turned, t.padded_short, at.n,
-                    t.short2 + at.head * t.padded_short * t.value_dim, t.value_dim, t.padded_short,
-                    t.value_dim, t.row2, t.value_dim);
-      for (int64_t i = 0; i < at.n; ++i)
-        write(p, t, at, i, t.row2 + i * t.value_dim, in.value_dim, p.d_value,
-              (at.row + i) * in.n_heads + at.head);
-    }
-    if (p.d_bias) {
-      Acc* d_bias = static_cast<Acc*>(p.d_bias) + at.row;
-      for (int64_t i = 0; i < at.n; ++i) {
-        Acc total = 0;
-        for (int64_t r = 0; r < t.n_short; ++r) total += t.grads[r * t.ld_scores + i];
-        d_bias[i] = p.overlapping || at.head > 0 ? d_bias[i] + total : total;
-      }
+      write_rows(p, t, at, t.scores, t.short2 + at.head * t.padded_short * t.value_dim,
+                 in.value_dim, t.value_dim, t.row2, p.d_value);
     }
   }
 
-  static void write(const CrossAttentionBackward& p, const Tile& t, const Here& at, int64_t i,
-                    Acc* line, int64_t width, void* target, int64_t row) {
-    // its weights are 0, but 0 times an infinite gradient is not
-    if (t.few && p.in.bias && t.excluded(at.row + i)) std::memset(line, 0, width * sizeof(Acc));
-    write_row(line, width, p.overlapping, p.d_long_type, target, row * width);
+  // A bag's gradient of the bias is the sum over its heads; bags that share the key add theirs.
+  static void add_bias(const CrossAttentionBackward& p, Tile& t, const Here& at) {
+    Acc* line = t.d_bias + at.offset;
+    Acc* d_bias = static_cast<Acc*>(p.d_bias) + at.row;
+    for (int64_t i = 0; i < at.n; ++i) {
+      Acc total = 0;
+      for (int64_t r = 0; r < t.n_short; ++r) total += t.grads[r * t.ld_scores + i];
+      line[i] = at.head > 0 ? line[i] + total : total;
+      if (at.head == p.in.n_heads - 1) d_bias[i] = p.overlapping ? d_bias[i] + line[i] : line[i];
+    }
+  }
+
+  // Rows m^T . a of one head, straight to where they go if that takes whole registers.
+  static void write_rows(const CrossAttentionBackward& p, Tile& t, const Here& at, const Acc* m,
+                         const Element* a, int64_t width, int64_t padded, Acc* buffer,
+                         void* target) {
+    const CrossAttentionParams& in = p.in;
+    const int64_t step = in.n_heads * width, first = (at.row * in.n_heads + at.head) * width;
+    const bool straight = !p.overlapping && !in.normalize && !(t.few && in.bias) &&
+                          t.writes_rows(p.d_long_type, width, padded);
+    Acc* rows = straight ? static_cast<Acc*>(target) + first : buffer;
+    const int64_t ld = straight ? step : padded;
+    t.template scatter<true>(m, at.n, a, padded, rows, ld);
+    for (int64_t i = 0; !straight && i < at.n; ++i) {
+      Acc* line = rows + i * ld;
+      // its weights are 0, but 0 times an infinite gradient is not
+      if (t.few && in.bias && t.excluded(at.row + i)) std::memset(line, 0, width * sizeof(Acc));
+      write_row(line, width, p.overlapping, p.d_long_type, target, first + i * step);
+    }
+  }
+
+  // Rows all heads share: their gradients are added up, then go back through the normalisation.
+  static void add_shared(const CrossAttentionBackward& p, Tile& t, const Here& at, const Element* a,
+                         void* target) {
+    const CrossAttentionParams& in = p.in;
+    if (at.head == 0)
+      t.template scatter<true>(t.grads, at.n, a, t.dim, t.row1, t.dim);
+    else
+      t.template scatter<false>(t.grads, at.n, a, t.dim, t.row1, t.dim);
+    if (at.head < in.n_heads - 1) return;
+    for (int64_t i = 0; i < at.n; ++i) {
+      Acc* line = t.row1 + i * t.dim;
+      if (in.normalize) normalize_gradient(in.dim, at.x1 + i * at.ld1, t.rstd[i], line);
+      write_row(line, in.dim, p.overlapping, p.d_long_type, target, (at.row + i) * in.dim);
+    }
   }
 };
 

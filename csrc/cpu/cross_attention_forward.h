@@ -31,8 +31,7 @@ struct CrossAttentionForwardKernel {
         if (h == 0 || !t.shared)
           t.read_long(t.few ? in.key : in.query, h, in.dim, t.few, !t.few, row, n, t.buffer1, &x,
                       &ldx);
-        dots<P>(t.short1 + h * t.padded_short * t.dim, t.dim, t.n_short, x, ldx, n, t.dim, t.scores,
-                t.ld_scores, x != t.buffer1);
+        t.score(t.short1 + h * t.padded_short * t.dim, t.dim, x, ldx, n, t.scores, x != t.buffer1);
         if (t.few)
           pool(p, t, item.bag, h, row, position, n, slot);
         else
@@ -79,13 +78,11 @@ struct CrossAttentionForwardKernel {
       if (in.dropout_p > 0)
         Dropout<Acc>(in.seed, in.dropout_p)
             .apply(bag, r * in.n_heads + h, 0, position, 1, n, scores);
-      t.weigh_row(t.scores, r, n, 1);
     }
     const Element* v;
     int64_t ldv;
     t.read_long(in.value, h, in.value_dim, true, false, row, n, t.buffer2, &v, &ldv);
-    accumulate<P>(t.weights, t.ld_weights, t.n_short, v, ldv, round_up(n, P::kPairs), t.value_dim,
-                  z, ldz);
+    t.gather(t.scores, n, v, ldv, t.value_dim, z, ldz);
   }
 
   // Few keys: the softmax of each column, whole at once.
@@ -115,19 +112,23 @@ struct CrossAttentionForwardKernel {
         Dropout<Acc>(in.seed, in.dropout_p)
             .apply(bag, position * in.n_heads + h, in.n_heads, r, 0, n, scores);
     }
-    t.turn(t.scores, n, 1);
-    std::memset(t.row2, 0, n * t.value_dim * sizeof(Acc));
-    accumulate<P>(t.turned, t.padded_short, n, t.short2 + h * t.padded_short * t.value_dim,
-                  t.value_dim, t.padded_short, t.value_dim, t.row2, t.value_dim);
     for (int64_t i = 0; i < n; ++i) {
-      const Acc sum = t.sum[i], inverse = sum == 0 ? 0 : 1 / sum;
-      Acc* out = t.row2 + i * t.value_dim;
-      for (int64_t d = 0; d < in.value_dim; ++d) out[d] *= inverse;
-      const int64_t at = (out_row + i) * in.n_heads + h;
-      write_row(out, in.value_dim, false, p.out_type, p.out, at * in.value_dim);
-      static_cast<Acc*>(p.lse)[at] =
+      const Acc sum = t.sum[i];
+      static_cast<Acc*>(p.lse)[(out_row + i) * in.n_heads + h] =
           sum == 0 ? -infinity : (t.top[i] == infinity ? infinity : t.mean[i] + std::log(sum));
+      t.sum[i] = sum == 0 ? 0 : 1 / sum;
     }
+    for (int64_t r = 0; r < t.n_short; ++r)
+      for (int64_t i = 0; i < n; ++i) t.scores[r * t.ld_scores + i] *= t.sum[i];
+    const int64_t at = (out_row * in.n_heads + h) * in.value_dim, step = in.n_heads * in.value_dim;
+    // straight to where they go, if that takes whole registers of this very type
+    const bool straight = t.writes_rows(p.out_type, in.value_dim, t.value_dim);
+    Acc* out = straight ? static_cast<Acc*>(p.out) + at : t.row2;
+    const int64_t ldo = straight ? step : t.value_dim;
+    t.template scatter<true>(t.scores, n, t.short2 + h * t.padded_short * t.value_dim, t.value_dim,
+                             out, ldo);
+    for (int64_t i = 0; !straight && i < n; ++i)
+      write_row(out + i * ldo, in.value_dim, false, p.out_type, p.out, at + i * step);
   }
 };
 

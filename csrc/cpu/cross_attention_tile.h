@@ -8,6 +8,7 @@
 namespace survfuse {
 namespace {
 
+constexpr int64_t kTurnedColumns = 128;      // tiles this narrow are turned before they are scored
 constexpr int64_t kLineRows = 512;           // of a bag whose logits are held together
 constexpr int64_t kScoreBytes = 256 * 1024;  // logits of a tile; their gradients take as much again
 
@@ -33,6 +34,8 @@ template <class P, class Acc>
 struct CrossAttentionTile {
   using Element = typename P::Element;
   using Weight = typename P::Weight;
+  // the products take logits and gradients as they are
+  static constexpr bool kDirect = std::is_same_v<Weight, Acc>;
 
   const CrossAttentionParams& in;
   bool few, shared;
@@ -46,8 +49,9 @@ struct CrossAttentionTile {
   Element *short1, *short2, *buffer1, *buffer2;
   Acc *line, *rstd, *scores, *grads, *row1, *row2;  // row1, row2: [height, dim or value_dim]
   Acc *top, *sum, *mean;                            // [height]
-  Acc* kept;                                        // [kLineRows]
-  Weight *weights, *turned;                         // [R, height] and [height, R]
+  Acc *kept, *d_bias;                               // [kLineRows]
+  Weight *weights, *turned;                         // [R, height] and [height, R], if not direct
+  Element* columns;                                 // [kTurnedColumns, height]
 
   // short_max: of the largest bag; it decides the height, so that one scratch serves all
   CrossAttentionTile(const CrossAttentionParams& params, int64_t n_short_rows, int64_t short_max)
@@ -91,8 +95,10 @@ struct CrossAttentionTile {
     sum = arena.take<Acc>(ld_scores);
     mean = arena.take<Acc>(ld_scores);
     kept = arena.take<Acc>(std::max(ld_scores, kLineRows));
-    weights = arena.take<Weight>(padded_short * ld_scores);
-    turned = arena.take<Weight>(ld_scores * padded_short);
+    d_bias = arena.take<Acc>(std::max(ld_scores, kLineRows));
+    weights = arena.take<Weight>(kDirect ? 0 : padded_short * ld_weights);
+    turned = arena.take<Weight>(kDirect ? 0 : ld_weights * padded_short);
+    columns = arena.take<Element>(kTurnedColumns * ld_weights);
     return arena.used;
   }
 
@@ -128,6 +134,12 @@ struct CrossAttentionTile {
     TileReader<P, Acc>(view).read(row, n, buffer, line, normalize ? rstd : nullptr, x, ldx);
   }
 
+  // Whether rows of results can be written by whole registers.
+  static bool writes_rows(ElementType type, int64_t width, int64_t padded) {
+    return width == padded &&
+           type == (sizeof(Acc) == 8 ? ElementType::kFloat64 : ElementType::kFloat32);
+  }
+
   Acc bias_of(int64_t key, int64_t head) const {
     return static_cast<const Acc*>(in.bias)[key * in.bias_row_stride + head * in.bias_head_stride];
   }
@@ -144,20 +156,49 @@ struct CrossAttentionTile {
 
   bool excluded(int64_t key) const { return excludes(static_cast<const Acc*>(in.bias), key); }
 
-  // weights[r, :] = scores[r, :] * factor in the type of the products, zero behind n.
-  void weigh_row(const Acc* from, int64_t r, int64_t n, Acc factor) {
-    Weight* out = weights + r * ld_weights;
-    for (int64_t i = 0; i < n; ++i) out[i] = P::weight(from[r * ld_scores + i] * factor);
-    for (int64_t i = n; i < round_up(n, P::kPairs); ++i) out[i] = 0;
+  // out [R, n] = a [R, width] . x [n, width]. streamed: x comes from memory, not from a buffer.
+  void score(const Element* a, int64_t width, const Element* x, int64_t ldx, int64_t n, Acc* out,
+             bool streamed) {
+    if constexpr (std::is_same_v<Element, float>) {
+      // over few columns the sums across a register would take as long as the products
+      // whole registers are written: a tile may not reach into the next row of a wider matrix
+      if (n_short >= 16 && width <= kTurnedColumns && height % kLanes<Acc> == 0) {
+        transpose(x, ldx, n, width, columns, ld_weights);
+        accumulate<P, true>(a, width, n_short, columns, ld_weights, width, round_up(n, kLanes<Acc>),
+                            out, ld_scores);
+        return;
+      }
+    }
+    dots<P>(a, width, n_short, x, ldx, n, width, out, ld_scores, streamed);
   }
 
-  // turned[i, r] = from[r, i] * factor, zero behind the last short row.
-  void turn(const Acc* from, int64_t n, Acc factor) {
-    for (int64_t r = 0; r < n_short; ++r)
-      for (int64_t i = 0; i < n; ++i)
-        turned[i * padded_short + r] = P::weight(from[r * ld_scores + i] * factor);
-    for (int64_t r = n_short; r < padded_short; ++r)
-      for (int64_t i = 0; i < n; ++i) turned[i * padded_short + r] = 0;
+  // c [R, width] += m [R, n] . x [n, width], m rounded to the type of the products.
+  void gather(const Acc* m, int64_t n, const Element* x, int64_t ldx, int64_t width, Acc* c,
+              int64_t ldc) {
+    if constexpr (kDirect) {
+      accumulate<P>(m, ld_scores, n_short, x, ldx, n, width, c, ldc);
+    } else {
+      const int64_t n_k = round_up(n, P::kPairs);
+      for (int64_t r = 0; r < n_short; ++r) {
+        Weight* out = weights + r * ld_weights;
+        for (int64_t i = 0; i < n; ++i) out[i] = P::weight(m[r * ld_scores + i]);
+        for (int64_t i = n; i < n_k; ++i) out[i] = 0;
+      }
+      accumulate<P>(weights, ld_weights, n_short, x, ldx, n_k, width, c, ldc);
+    }
+  }
+
+  // c [n, width] = m^T [n, R] . a [R, width], or += unless FRESH.
+  template <bool FRESH>
+  void scatter(const Acc* m, int64_t n, const Element* a, int64_t width, Acc* c, int64_t ldc) {
+    if constexpr (kDirect) {
+      accumulate<P, FRESH>(m, 1, n, a, width, n_short, width, c, ldc, {}, ld_scores);
+    } else {
+      for (int64_t r = 0; r < padded_short; ++r)
+        for (int64_t i = 0; i < n; ++i)
+          turned[i * padded_short + r] = r < n_short ? P::weight(m[r * ld_scores + i]) : Weight(0);
+      accumulate<P, FRESH>(turned, padded_short, n, a, width, padded_short, width, c, ldc);
+    }
   }
 };
 

@@ -1,6 +1,6 @@
 // The two small matrix products of streaming attention, on vectors of T.
 //   dots:        S[r, i] = sum_d A[r, d] X[i, d]
-//   accumulate:  C[m, d] += sum_k W[m, k] X[k, d]
+//   accumulate:  C[m, d] += sum_k W[m, k] X[k, d], or = for fresh memory
 // Leading dimensions are in elements; d runs to `dim`, a multiple of the vector length.
 #pragma once
 
@@ -58,12 +58,14 @@ struct VectorProducts {
     for (int r = 0; r < ROWS; ++r) horizontal_sums<T, ITEMS>(sum[r], s + r * lds);
   }
 
-  template <int ROWS, int VECTORS>
-  static void accumulate_block(const T* w, int64_t ldw, const T* x, int64_t ldx, int64_t n_k, T* c,
-                               int64_t ldc, const char* next, int64_t next_stride) {
+  template <int ROWS, int VECTORS, bool FRESH>
+  static void accumulate_block(const T* w, int64_t ldw, int64_t w_step, const T* x, int64_t ldx,
+                               int64_t n_k, T* c, int64_t ldc, const char* next,
+                               int64_t next_stride) {
     Vec<T> sum[ROWS][VECTORS];
     for (int m = 0; m < ROWS; ++m)
-      for (int v = 0; v < VECTORS; ++v) sum[m][v] = load(c + m * ldc + v * kLanes<T>);
+      for (int v = 0; v < VECTORS; ++v)
+        sum[m][v] = FRESH ? Vec<T>{} : load(c + m * ldc + v * kLanes<T>);
     for (int64_t k = 0; k < n_k; ++k) {
       Vec<T> xs[VECTORS];
       for (int v = 0; v < VECTORS; ++v) {
@@ -71,7 +73,7 @@ struct VectorProducts {
         if (next) __builtin_prefetch(next + k * next_stride + v * kVectorBytes, 0, 2);
       }
       for (int m = 0; m < ROWS; ++m) {
-        const Vec<T> ws = splat(w[m * ldw + k]);
+        const Vec<T> ws = splat(w[m * ldw + k * w_step]);
         for (int v = 0; v < VECTORS; ++v) sum[m][v] += ws * xs[v];
       }
     }
@@ -116,11 +118,12 @@ void dots(const typename P::Element* a, int64_t lda, int64_t n_rows, const typen
   }
 }
 
-// C[m, :dim] += W[m, :n_k] X[:n_k, :dim]; n_k is a multiple of P::kPairs.
-template <class P, class C>
+// C[m, :dim] += W[m, :n_k] X[:n_k, :dim], or = if FRESH; n_k is a multiple of P::kPairs.
+// w_step: from one k to the next; only 1 where rows are taken in pairs.
+template <class P, bool FRESH = false, class C>
 void accumulate(const typename P::Weight* w, int64_t ldw, int64_t n_rows,
                 const typename P::Element* x, int64_t ldx, int64_t n_k, int64_t dim, C* c,
-                int64_t ldc, Prefetch next = {}) {
+                int64_t ldc, Prefetch next = {}, int64_t w_step = 1) {
   constexpr int64_t kWide = P::kVectors * P::kAlign;
   const int64_t blocks = (n_rows + P::kRows - 1) / P::kRows;
   for (int64_t d = 0; d < dim;) {
@@ -131,11 +134,13 @@ void accumulate(const typename P::Weight* w, int64_t ldw, int64_t n_rows,
       const char* ahead = block == 0 && next.rows ? next.rows + d * next.element_bytes : nullptr;
       with_constant<P::kRows>(height, [&](auto rows) {
         if (wide)
-          P::template accumulate_block<rows(), P::kVectors>(
-              w + m * ldw, ldw, x + d, ldx, n_k, c + m * ldc + d, ldc, ahead, next.row_bytes);
+          P::template accumulate_block<rows(), P::kVectors, FRESH>(w + m * ldw, ldw, w_step, x + d,
+                                                                   ldx, n_k, c + m * ldc + d, ldc,
+                                                                   ahead, next.row_bytes);
         else
-          P::template accumulate_block<rows(), 1>(w + m * ldw, ldw, x + d, ldx, n_k,
-                                                  c + m * ldc + d, ldc, ahead, next.row_bytes);
+          P::template accumulate_block<rows(), 1, FRESH>(w + m * ldw, ldw, w_step, x + d, ldx, n_k,
+                                                         c + m * ldc + d, ldc, ahead,
+                                                         next.row_bytes);
       });
       m += height;
     }

@@ -56,9 +56,9 @@ struct PairProducts {
     }
   }
 
-  template <int ROWS, int VECTORS>
-  static void accumulate_block(const uint16_t* w, int64_t ldw, const uint16_t* x, int64_t ldx,
-                               int64_t n_k, float* c, int64_t ldc, const char* next,
+  template <int ROWS, int VECTORS, bool FRESH>
+  static void accumulate_block(const uint16_t* w, int64_t ldw, int64_t, const uint16_t* x,
+                               int64_t ldx, int64_t n_k, float* c, int64_t ldc, const char* next,
                                int64_t next_stride) {
     // two rows of X interleaved: (x[k, d], x[k + 1, d]) side by side, d in natural order
     alignas(64) static const uint16_t kLow[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
@@ -68,7 +68,8 @@ struct PairProducts {
     const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     __m512 sum[ROWS][2 * VECTORS];
     for (int m = 0; m < ROWS; ++m)
-      for (int v = 0; v < 2 * VECTORS; ++v) sum[m][v] = _mm512_loadu_ps(c + m * ldc + v * 16);
+      for (int v = 0; v < 2 * VECTORS; ++v)
+        sum[m][v] = FRESH ? _mm512_setzero_ps() : _mm512_loadu_ps(c + m * ldc + v * 16);
     for (int64_t k = 0; k < n_k; k += 2) {
       __m512bh xs[2 * VECTORS];
       for (int v = 0; v < VECTORS; ++v) {

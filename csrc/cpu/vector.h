@@ -84,6 +84,37 @@ inline void horizontal_sums(const Vec<T>* v, T* out) {
   }
 }
 
+// out [dim, n], ldo apart, from x [n, dim]; dim is a multiple of 4, columns behind n are zeroed up
+// to whole registers.
+inline void transpose(const float* x, int64_t ldx, int64_t n, int64_t dim, float* out,
+                      int64_t ldo) {
+  const auto quad = [](const float* p) {
+    Quad q;
+    std::memcpy(&q, p, sizeof q);
+    return q;
+  };
+  const auto put = [](float* p, Quad q) { std::memcpy(p, &q, sizeof q); };
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4)
+    for (int64_t d = 0; d < dim; d += 4) {
+      const float* from = x + i * ldx + d;
+      const Quad a = quad(from), b = quad(from + ldx), c = quad(from + 2 * ldx);
+      const Quad e = quad(from + 3 * ldx);
+      const Quad ab = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+      const Quad AB = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+      const Quad ce = __builtin_shufflevector(c, e, 0, 4, 1, 5);
+      const Quad CE = __builtin_shufflevector(c, e, 2, 6, 3, 7);
+      float* to = out + d * ldo + i;
+      put(to, __builtin_shufflevector(ab, ce, 0, 1, 4, 5));
+      put(to + ldo, __builtin_shufflevector(ab, ce, 2, 3, 6, 7));
+      put(to + 2 * ldo, __builtin_shufflevector(AB, CE, 0, 1, 4, 5));
+      put(to + 3 * ldo, __builtin_shufflevector(AB, CE, 2, 3, 6, 7));
+    }
+  const int64_t padded = (n + kLanes<float> - 1) / kLanes<float> * kLanes<float>;
+  for (int64_t d = 0; d < dim; ++d)
+    for (int64_t k = i; k < padded; ++k) out[d * ldo + k] = k < n ? x[k * ldx + d] : 0;
+}
+
 // exp to 1 ulp for arguments up to 88; 0 below -87.3, where the result is no normal number.
 // NaN stays NaN.
 inline Vec<float> vector_exp(Vec<float> x) {

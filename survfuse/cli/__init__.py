@@ -20,6 +20,7 @@ COMMANDS = {
     "pack": ("survfuse.cli.pack", "pack_command", "many feature files into one fast store"),
     "train": ("survfuse.cli.train", "train_command", "train and test a model as a file says"),
     "evaluate": ("survfuse.cli.evaluate", "evaluate_command", "report on runs and compare them"),
+    "bench": ("survfuse.cli.bench", "bench_command", "the kernels against others, on this machine"),
     "demo": ("survfuse.cli.demo", "demo_command", "everything once, on a simulated cohort"),
 }
 HELP = """Usage: survfuse COMMAND [OPTIONS]

@@ -22,13 +22,13 @@ from typing import Any
 EXTRAS = {
     "train": ("h5py", "matplotlib", "pandas", "pydantic", "yaml", "rich", "scipy", "typer"),
     "slides": ("openslide", "PIL", "h5py"),
-    "bench": ("pytest", "pytest_benchmark", "matplotlib"),
+    "bench": ("pytest", "pytest_benchmark", "matplotlib", "rich", "typer"),
     "test": ("hypothesis", "sksurv"),
 }
 GAINS = {
     "train": "survfuse train, evaluate, pack and demo",
     "slides": "survfuse encode, together with extra train: bags straight from slide files",
-    "bench": "the kernel benchmarks",
+    "bench": "survfuse bench: the kernels against other people's on this machine",
     "test": "the test suite",
 }
 # until an operation has one, docs/design.md section 7

@@ -1,6 +1,14 @@
 """Modules shared by models."""
 
+from survfuse.layers.cross_attention import CrossAttention
 from survfuse.layers.feed_forward import GatedFeedForward
+from survfuse.layers.gated_attention_pool import GatedAttentionPool
 from survfuse.layers.latent_attention import BagCrossAttention, LatentSelfAttention
 
-__all__ = ["BagCrossAttention", "GatedFeedForward", "LatentSelfAttention"]
+__all__ = [
+    "BagCrossAttention",
+    "CrossAttention",
+    "GatedAttentionPool",
+    "GatedFeedForward",
+    "LatentSelfAttention",
+]

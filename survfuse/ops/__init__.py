@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from survfuse.attention import Attended
+from survfuse.attention import Attended, BlockAttended, BlockSide
 from survfuse.ops.backends import Selection, backend_obstacle, select_backend
 from survfuse.ops.bag_attends_tokens import bag_attends_tokens, bag_attends_tokens_with_lse
+from survfuse.ops.block_attention import block_attention
 from survfuse.ops.cross_attention import cross_attention, cross_attention_with_lse
+from survfuse.ops.cross_attention_weights import cross_attention_weights
+from survfuse.ops.gated_attention_pool import gated_attention_pool
+from survfuse.ops.gated_attention_weights import gated_attention_weights
+from survfuse.ops.merge_attention import merge_attention, merge_over_group
 from survfuse.ops.pool_bag import pool_bag
 from survfuse.ops.pool_weights import pool_weights
 from survfuse.ops.selection import selected_backend
@@ -15,17 +20,26 @@ from survfuse.ops.tokens_attend_bag import (
     tokens_attend_bag_weights,
     tokens_attend_bag_with_lse,
 )
-from survfuse.pooling import PooledBag
+from survfuse.pooling import GatedBag, PooledBag
 
 __all__ = [
     "Attended",
+    "BlockAttended",
+    "BlockSide",
+    "GatedBag",
     "PooledBag",
     "Selection",
     "backend_obstacle",
     "bag_attends_tokens",
     "bag_attends_tokens_with_lse",
+    "block_attention",
     "cross_attention",
+    "cross_attention_weights",
     "cross_attention_with_lse",
+    "gated_attention_pool",
+    "gated_attention_weights",
+    "merge_attention",
+    "merge_over_group",
     "pool_bag",
     "pool_weights",
     "select_backend",

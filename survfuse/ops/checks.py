@@ -13,14 +13,22 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def check_tensor(
-    name: str, tensor: Tensor, *, shape: tuple[int | str, ...], device: torch.device
+    name: str,
+    tensor: Tensor,
+    *,
+    shape: tuple[int | str, ...],
+    device: torch.device,
+    beside: str = "the bag",
 ) -> None:
-    """Raise unless `tensor` is floating, on `device`, and of `shape` (a letter fits any size)."""
+    """Raise unless `tensor` is floating, on `device`, and of `shape` (a letter fits any size).
+
+    `beside` names whose device that is.
+    """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is {type(tensor).__name__}; it must be a tensor")
     _check_floats(name, tensor)
     if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device} and the bag on {device}; move one of them")
+        raise ValueError(f"{name} is on {tensor.device} and {beside} on {device}; move one of them")
     fits = tensor.dim() == len(shape) and all(
         isinstance(want, str) or have == want
         for have, want in zip(tensor.shape, shape, strict=True)

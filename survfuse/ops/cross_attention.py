@@ -173,19 +173,19 @@ def check_sides(
     for name, tensor in (("query", query), ("key", key)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is {type(tensor).__name__}; it must be a tensor")
-    device, letters = key.device, ("B", "L", "H", "d")
-    check_tensor("query", query, shape=letters[-max(query.dim(), 3) :], device=device)
+    letters, beside = ("B", "L", "H", "d"), {"device": key.device, "beside": "the key"}
+    check_tensor("query", query, shape=letters[-max(query.dim(), 3) :], **beside)
     heads, head_dim = query.shape[-2:]
     if head_dim == 0:
         raise ValueError(f"query has shape {tuple(query.shape)}; its heads need at least 1 channel")
     rows = ("B", "Lk") if key.dim() == 4 else ("Tk",)
-    check_tensor("key", key, shape=(*rows, heads, head_dim), device=device)
+    check_tensor("key", key, shape=(*rows, heads, head_dim), **beside)
     if value is not None:
-        check_tensor("value", value, shape=(*key.shape[:-1], "dv"), device=device)
+        check_tensor("value", value, shape=(*key.shape[:-1], "dv"), **beside)
         if value.dtype != key.dtype:
             raise TypeError(f"value is {value.dtype} and key {key.dtype}; they must have one type")
     if bias is not None:
-        check_tensor("bias", bias, shape=tuple(key.shape[:-2]), device=device)
+        check_tensor("bias", bias, shape=tuple(key.shape[:-2]), **beside)
         bias = bias.reshape(-1)
     keys, key_ragged = as_packed_heads("key", key, key_ragged)
     packed, query_ragged = as_packed_heads("query", query, query_ragged, len(key_ragged.lengths))

@@ -113,13 +113,13 @@ def pool_weights(
     return weights.reshape(ragged.total, *lse.shape[1 : 3 if reduce is None else 2])
 
 
-def check_weights_backend(backend: str | None) -> None:
-    """Raise unless `backend` implements pool_weights."""
+def check_weights_backend(backend: str | None, op: str = "pool_weights") -> None:
+    """Raise unless `backend` implements the weights of an op."""
     check_backend(backend)
     if backend in ("native", "triton"):
         raise RuntimeError(
             f"backend={backend!r} cannot serve this call: only None, "
-            '"reference" and "tiled" implement pool_weights'
+            f'"reference" and "tiled" implement {op}'
         )
 
 

@@ -7,6 +7,8 @@ from torch import Tensor
 from survfuse.ops.absorption import absorbs, absorbs_query, check_absorb
 from survfuse.ops.backends import Selection, select_backend
 from survfuse.ops.cross_attention import choose_for_heads
+from survfuse.ops.gated_attention_pool import select_gated_backend
+from survfuse.ops.gated_attention_weights import select_gated_weights_backend
 from survfuse.ops.pool_weights import check_weights_backend
 from survfuse.ragged import Ragged, as_packed
 
@@ -24,9 +26,10 @@ def selected_backend(
 
     Args:
         op: "pool_bag", "pool_weights", "tokens_attend_bag", "bag_attends_tokens",
-            "spread_tokens" or "cross_attention".
-        tensors: the op's tensors without a name in the call, in its order: rows, bag; query, bag,
-            w_k, w_v; bag, w_q, key, value; keys, values, bag; query, key, value.
+            "spread_tokens", "cross_attention", "gated_attention_pool" or
+            "gated_attention_weights".
+        tensors: the op's tensors in the order of the call, as far as they decide: rows, bag; query,
+            bag, w_k, w_v; bag, w_q, key, value; keys, values, bag; query, key, value; bag.
         ragged, absorb, backend: as in the call.
 
     Returns:
@@ -34,7 +37,7 @@ def selected_backend(
 
     Raises:
         ValueError: no op has that name.
-        TypeError: another number of tensors than the op takes.
+        TypeError: fewer tensors than decide; what follows them in the call may be left out.
         RuntimeError: the named backend cannot serve the call.
 
     Example:
@@ -45,11 +48,11 @@ def selected_backend(
     if op not in _OPS:
         raise ValueError(f"op is {op!r}; it must be one of {tuple(_OPS)}")
     names, select = _OPS[op]
-    if len(tensors) != len(names):
+    if len(tensors) < len(names):
         raise TypeError(
             f"tensors are {len(tensors)}; {op} takes {len(names)} of them: {', '.join(names)}"
         )
-    return select(*tensors, ragged=ragged, absorb=absorb, backend=backend)
+    return select(*tensors[: len(names)], ragged=ragged, absorb=absorb, backend=backend)
 
 
 def _pool_bag(rows: Tensor, bag: Tensor, *, backend: str | None, **_) -> Selection:
@@ -131,6 +134,14 @@ def _cross_attention(
     return choose_for_heads(key, key.shape[-1], value.shape[-1], backend)
 
 
+def _gated_attention_pool(bag: Tensor, *, backend: str | None, **_) -> Selection:
+    return select_gated_backend(backend, device=bag.device, dtype=bag.dtype)
+
+
+def _gated_attention_weights(bag: Tensor, *, backend: str | None, **_) -> Selection:
+    return select_gated_weights_backend(backend, device=bag.device, dtype=bag.dtype)
+
+
 def _select(bag: Tensor, n_rows: int, backend: str | None) -> Selection:
     return select_backend(backend, device=bag.device, dtype=bag.dtype, n_rows=n_rows)
 
@@ -149,4 +160,6 @@ _OPS = {
     "bag_attends_tokens": (("bag", "w_q", "key", "value"), _bag_attends_tokens),
     "spread_tokens": (("keys", "values", "bag"), _spread_tokens),
     "cross_attention": (("query", "key", "value"), _cross_attention),
+    "gated_attention_pool": (("bag",), _gated_attention_pool),
+    "gated_attention_weights": (("bag",), _gated_attention_weights),
 }

@@ -4,11 +4,17 @@ Same names and arguments as `survfuse.ops`. These functions may materialise ever
 """
 
 from survfuse.reference.bag_attends_tokens import bag_attends_tokens, bag_attends_tokens_with_lse
+from survfuse.reference.block_attention import block_attention
 from survfuse.reference.cross_attention import (
     cross_attention,
     cross_attention_weights,
     cross_attention_with_lse,
 )
+from survfuse.reference.gated_attention_pool import (
+    gated_attention_pool,
+    gated_attention_weights,
+)
+from survfuse.reference.merge_attention import merge_attention
 from survfuse.reference.pool_bag import pool_bag, pool_weights
 from survfuse.reference.spread_tokens import spread_tokens
 from survfuse.reference.tokens_attend_bag import (
@@ -20,9 +26,13 @@ from survfuse.reference.tokens_attend_bag import (
 __all__ = [
     "bag_attends_tokens",
     "bag_attends_tokens_with_lse",
+    "block_attention",
     "cross_attention",
     "cross_attention_weights",
     "cross_attention_with_lse",
+    "gated_attention_pool",
+    "gated_attention_weights",
+    "merge_attention",
     "pool_bag",
     "pool_weights",
     "spread_tokens",

@@ -100,13 +100,13 @@ def cross_attention_backward(
             d_logits = torch.where(excluded, 0.0, d_logits)
             d_scores = (d_logits * attention.scale).to(v.dtype)
             if d_query is not None:
-                d_q += multiply(d_scores, _read_keys(tile, key, bias)[0])
+                d_q += multiply(d_scores, read_keys(tile, key, bias)[0])
             if d_key is not None:
                 d_k = multiply(d_scores.mT, q).transpose(1, 2)
-                add_rows(d_key, tile, _included(d_k, tile, bias))
+                add_rows(d_key, tile, included(d_k, tile, bias))
             if d_value is not None:
                 d_v = multiply(weights.to(v.dtype).mT, dz).transpose(1, 2)
-                add_rows(d_value, tile, _included(d_v, tile, bias))
+                add_rows(d_value, tile, included(d_v, tile, bias))
             if d_bias is not None:
                 add_rows(d_bias, tile, d_logits.sum((1, 2)))
         if d_query is not None:
@@ -143,7 +143,8 @@ def tile_pairs(
     query_groups = tiles(attention.query_ragged, query, max_rows=max_rows)
     key_groups = tiles(attention.key_ragged, key, max_rows=max_rows)
     for query_group, key_group in zip(query_groups, key_groups, strict=True):
-        for query_tile in query_group:
+        # queries without keys have been given what they get, and no gradient
+        for query_tile in query_group if key_group else ():
             yield query_tile, key_group
 
 
@@ -157,11 +158,11 @@ def score(
     tile: Tile, q: Tensor, key: Tensor, value: Tensor | None, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor | None]:
     """Logits [B, H, n, k] of the accumulation type, and the values [B, H, k, dv] of a tile."""
-    k, row_bias = _read_keys(tile, key, bias)
+    k, row_bias = read_keys(tile, key, bias)
     logits = multiply(q, k.mT) * scale
     if row_bias is not None:
         logits = logits + row_bias[:, None, None, :]
-    return logits, None if value is None else _read_keys(tile, value, bias)[0]
+    return logits, None if value is None else read_keys(tile, value, bias)[0]
 
 
 def dropped(weights: Tensor, query_tile: Tile, tile: Tile, attention: Attention) -> Tensor:
@@ -207,7 +208,7 @@ def read_packed(tile: Tile, tensor: Tensor) -> Tensor:
     return torch.where(tile.valid[:, None, :, None], rows, 0.0)
 
 
-def _read_keys(tile: Tile, stored: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def read_keys(tile: Tile, stored: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Rows [B, H, k, e] in the type of the products, excluded ones zero, and their bias [B, k]."""
     rows = tile.take(stored).to(operand_type(stored, centred=False)).transpose(1, 2)
     row_bias = None if bias is None else tile.take(bias).to(accumulation_type(stored.dtype))
@@ -218,7 +219,7 @@ def _read_keys(tile: Tile, stored: Tensor, bias: Tensor | None) -> tuple[Tensor,
     return rows, row_bias
 
 
-def _included(values: Tensor, tile: Tile, bias: Tensor | None) -> Tensor:
+def included(values: Tensor, tile: Tile, bias: Tensor | None) -> Tensor:
     """Gradients [B, k, H, e], zero for excluded keys whatever an infinite gradient made of them."""
     if bias is None:
         return values

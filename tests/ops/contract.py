@@ -20,9 +20,11 @@ from tests.ops.contract_attention import (
     plain_of_spread,
     run_bag_attends,
     run_cross_attention,
+    run_cross_attention_weights,
     run_spread,
+    with_lse,
 )
-from tests.ops.plain import plain_attention, plain_pool_bag
+from tests.ops.plain import plain_attention, plain_gated_attention_pool, plain_pool_bag
 
 CUDA = torch.cuda.is_available()
 # (backend, device); without a GPU, Triton runs under its interpreter
@@ -247,6 +249,59 @@ def cross_attention_op(name: str, make: Callable) -> Op:
     )
 
 
+def cross_attention_weights_op(name: str, make: Callable, reduce: str | None) -> Op:
+    def make_call(case: Case) -> Call:
+        scale = case.scale * 0.3
+        tensors, options, stored = with_lse(make)(case, scale)
+        return Call(tensors, options | {"scale": scale, "reduce": reduce}, stored)
+
+    def run(call: Call, backend: str | None, **options) -> tuple[Tensor, ...]:
+        by_query = make is make_many and reduce != "rows"
+        return run_cross_attention_weights(call, backend, by_query=by_query, **options)
+
+    return Op(
+        f"cross_attention_weights, {name}",
+        run,
+        lambda call: run(call, "reference"),
+        make_call,
+        ("tiled",),
+        has_dropout=False,
+        registered="cross_attention_weights",
+    )
+
+
+def make_gated(case: Case) -> Call:
+    g, bag, bias, ragged = make_bag(case, 4)
+    n_hidden, n_pools = 5, case.queries
+    if case.norm:
+        # the op has no normalisation: whose features lie far from zero centres them first
+        bag = bag - case.mean
+    tensors = {
+        "bag": bag,
+        "w_tanh": random(g, n_hidden, case.dim, std=case.dim**-0.5),
+        "b_tanh": random(g, n_hidden),
+        "w_gate": random(g, n_hidden, case.dim, std=case.dim**-0.5),
+        "b_gate": random(g, n_hidden),
+        "w_score": random(g, n_pools, n_hidden),
+        "b_score": random(g, n_pools),
+    }
+    if bias is not None:
+        tensors["bias"] = bias
+    return Call(tensors, {"ragged": ragged})
+
+
+def run_gated_weights(call: Call, backend: str | None, **options) -> tuple[Tensor, ...]:
+    options = call.options | options
+    return (ops.gated_attention_weights(**call.tensors, **options, backend=backend),)
+
+
+def make_gated_weights(case: Case) -> Call:
+    call = make_gated(case)
+    with torch.no_grad():
+        lse = ops.gated_attention_pool(**call.tensors, **call.options, backend="reference").lse
+    return Call(call.tensors | {"lse": lse}, call.options)
+
+
 OPS = (
     Op(
         "pool_bag",
@@ -304,4 +359,27 @@ OPS = (
     ),
     bag_attends_op("absorbed", "always", ("tiled", "native", "triton")),
     bag_attends_op("formed", "never", ("tiled", "native")),
+    cross_attention_weights_op("few queries", make_few, None),
+    cross_attention_weights_op("many queries", make_many, None),
+    cross_attention_weights_op("both ragged", make_both, "rows"),
+    Op(
+        "gated_attention_pool",
+        lambda call, backend, **options: tuple(
+            ops.gated_attention_pool(**call.tensors, **(call.options | options), backend=backend)
+        ),
+        lambda call: plain_gated_attention_pool(**({"bias": None} | call.tensors | call.options)),
+        make_gated,
+        ("tiled", "triton"),
+        has_dropout=True,
+        registered="gated_attention_pool",
+    ),
+    Op(
+        "gated_attention_weights",
+        run_gated_weights,
+        lambda call: run_gated_weights(call, "reference"),
+        make_gated_weights,
+        ("tiled",),
+        has_dropout=False,
+        registered="gated_attention_weights",
+    ),
 )

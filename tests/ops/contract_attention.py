@@ -140,6 +140,39 @@ def plain_of_cross_attention(call) -> tuple[Tensor, ...]:
     return plain_cross_attention(**(options | call.tensors | call.options))
 
 
+def with_lse(make):
+    """The call of the weights: without values, with the lse of the attention."""
+
+    def make_weights(case, scale: float):
+        tensors, options, stored = make(case)
+        tensors = {k: v for k, v in tensors.items() if k != "value"}
+        with torch.no_grad():
+            lse = ops.cross_attention_with_lse(
+                **(tensors | {"value": tensors["key"]}),
+                **options,
+                scale=scale,
+                backend="reference",
+            )[1]
+        return tensors | {"lse": lse}, options, tuple(name for name in stored if name != "value")
+
+    return make_weights
+
+
+def run_cross_attention_weights(
+    call, backend: str | None, *, by_query: bool, **options
+) -> tuple[Tensor, ...]:
+    """Packed as the case's own form has it, whatever is dense in this call."""
+    tensors = dict(call.tensors)
+    query, key = tensors["query"], tensors["key"]
+    if query.dim() == 4:
+        tensors["lse"] = tensors["lse"].reshape(query.shape[:-1])
+    weights = ops.cross_attention_weights(**tensors, **(call.options | options), backend=backend)
+    if by_query and query.dim() == 4:
+        # dense queries lead to weights by key
+        weights = weights.unflatten(0, key.shape[:2]).permute(0, 2, 3, 1)
+    return (weights.flatten(),)
+
+
 def _start(case, seed: int):
     starts, lengths = zip(*case.ranges, strict=True)
     return torch.Generator().manual_seed(seed), starts, lengths

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm
+from torch.nn.functional import layer_norm, linear
 
 
 def plain_pool_bag(rows, bag, *, bias, ragged, scale, normalize_eps):
@@ -104,6 +104,21 @@ def _bag(stored, ragged, b):
         return stored[b]
     start, length = int(ragged.starts[b]), int(ragged.lengths[b])
     return stored[start : start + length]
+
+
+def plain_gated_attention_pool(
+    bag, w_tanh, b_tanh, w_gate, b_gate, w_score, b_score, *, bias, ragged
+):
+    """pooled, lse: the hidden layer formed, everything in the type of the bag."""
+    outs = []
+    parameters = (w_tanh, b_tanh, w_gate, b_gate, w_score, b_score)
+    w_tanh, b_tanh, w_gate, b_gate, w_score, b_score = (p.to(bag.dtype) for p in parameters)
+    for start, length in zip(ragged.starts.tolist(), ragged.lengths.tolist(), strict=True):
+        x, row_bias = _rows(bag, bias, start, length)
+        gated = torch.tanh(linear(x, w_tanh, b_tanh)) * torch.sigmoid(linear(x, w_gate, b_gate))
+        weights, lse = _softmax(linear(gated, w_score, b_score).T + row_bias)
+        outs.append((weights @ x, lse))
+    return tuple(torch.stack(part) for part in zip(*outs, strict=True))
 
 
 def _rows(bag: Tensor, bias: Tensor | None, start: int, length: int) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,7 @@ def test_kernels_compile_for_hopper_without_spills() -> None:
         *("cross_attention_few_fwd", "cross_attention_few_bwd", "cross_attention_many_fwd"),
         *("cross_attention_bwd_query", "cross_attention_bwd_key"),
         *("cross_attention_merge", "cross_attention_sum"),
+        *("gated_scores", "gated_hidden", "gated_weights", "gated_bag"),
     }
 
 

@@ -18,7 +18,7 @@ from tests.ops.triton_calls import CUDA, DEVICE, seed
 launchers = pytest.importorskip("survfuse.triton_kernels.cross_attention")
 shapes = launchers.shapes
 
-ATTENTION = [op for op in OPS if op.name.startswith("cross_attention")]
+ATTENTION = [op for op in OPS if op.registered == "cross_attention"]
 # every way through the launchers: (kernels that read keys once, a side cut into pieces)
 ROUTES = {"few, cut": (True, True), "tiles": (False, False), "tiles, cut": (False, True)}
 IDS = {"ids": lambda value: getattr(value, "name", str(value))}
