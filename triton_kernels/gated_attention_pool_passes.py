@@ -54,7 +54,7 @@ def pool(call: Call, gate: Gate, pooled: Tensor) -> GatedBag:
     n_scratch = slots.chunk * slots.rows
     coef = call.bag.new_empty((n_scratch, stride))
     # per tile: the exponent its weights stand over, their sum, and that of the kept ones
-    sums = passes._planes(part, 3, n_scratch // tile * n_pools)
+    sums = passes.planes(part, 3, n_scratch // tile * n_pools)
     state = passes.State(pooled, call)
     for first in range(0, slots.count, slots.chunk):
         chunk = min(slots.chunk, slots.count - first)
