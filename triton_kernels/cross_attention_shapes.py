@@ -110,7 +110,7 @@ def forward_shape(problem: Problem, limits: Limits) -> dict[str, int]:
     wide = problem.widest
     if not problem.half:
         # 32 queries of 128 channels spill; wider ones are laid out otherwise and do not
-        return _blocks(problem, 16 if wide == 128 else 32, 16, 4 if wide < 128 else 8, 1)
+        return _blocks(problem, 16 if wide == 128 else 32, 16, 4 if wide < 256 else 8, 1)
     if limits.shared_bytes < 100_000:
         return _blocks(problem, 64, 32 if wide >= 128 else 64, 4, 1)
     rows = 64 if wide >= 256 or problem.query_max <= 64 else 128

@@ -166,6 +166,7 @@ def _sum_over_patches(
     coef = torch.empty((n_scratch, stride), dtype=bag.dtype, device=bag.device)
     row_mean = part.new_empty((n_scratch if call.normalize else 1,))
     part_values = part.new_empty((n_scratch // piece, n_rows, value_dim))
+    with_product = d_keys is not None or d_bias is not None
     # sums of what nobody asked for go where nobody looks
     d_values = part.new_empty((n_bags, n_rows, value_dim)) if d_values is None else d_values
     d_bias = part.new_empty((n_bags, n_rows)) if d_bias is None else d_bias
@@ -186,15 +187,16 @@ def _sum_over_patches(
             TILES=shapes.TILES,
             WHOLE=whole,
         )
-        pool_bag_product_kernel[(chunk * programs,)](
-            *(bag, None, call.starts, call.lengths, coef, row_mean, *tiles, None),
-            *(part, part_max, part_sum, part_weight),
-            *(n_bags, bag.shape[0], n_rows, first, slots.rows),
-            *(call.scale, call.row_stride, stride),
-            **call.constants,
-            BLOCK_T=tile,
-            **product,
-        )
+        if with_product:
+            pool_bag_product_kernel[(chunk * programs,)](
+                *(bag, None, call.starts, call.lengths, coef, row_mean, *tiles, None),
+                *(part, part_max, part_sum, part_weight),
+                *(n_bags, bag.shape[0], n_rows, first, slots.rows),
+                *(call.scale, call.row_stride, stride),
+                **call.constants,
+                BLOCK_T=tile,
+                **product,
+            )
         if d_keys is not None:
             sum_slots(call, part, None, part, part_sum, d_keys, first, chunk, slots.rows)
         strips = -(-value_dim // _SUM["BLOCK_C"])

@@ -29,7 +29,7 @@ def test_kernels_compile_for_hopper_without_spills() -> None:
     kernels = {line[1] for line in compiled}
     # the tile of the bag must stay in the asynchronous pipeline: the last column counts its copies
     streams = {"pool_bag_fwd", "pool_bag_bwd_rows", "cross_attention_many_fwd"}
-    streams |= {"cross_attention_few_fwd", "cross_attention_few_bwd"}
+    streams |= {"cross_attention_few_fwd", "cross_attention_few_bwd", "spread_tokens_fwd"}
     streaming = [line for line in compiled if line[1] in streams]
     assert all(int(line[-1]) > 0 for line in streaming if line[2] == "bf16")
     assert kernels == {
@@ -38,6 +38,8 @@ def test_kernels_compile_for_hopper_without_spills() -> None:
         *("cross_attention_few_fwd", "cross_attention_few_bwd", "cross_attention_many_fwd"),
         *("cross_attention_bwd_query", "cross_attention_bwd_key"),
         *("cross_attention_merge", "cross_attention_sum"),
+        *("spread_tokens_fwd", "spread_tokens_rows", "spread_tokens_bwd", "spread_tokens_bag"),
+        "spread_tokens_sum",
         *("gated_scores", "gated_hidden", "gated_weights", "gated_bag"),
         *("spread_tokens_fwd", "spread_tokens_bwd", "spread_tokens_rows", "spread_tokens_bag"),
         "spread_tokens_sum",
