@@ -8,8 +8,9 @@
 namespace survfuse {
 namespace {
 
-constexpr int64_t kTurnedColumns = 128;      // tiles this narrow are turned before they are scored
-constexpr int64_t kLineRows = 512;           // of a bag whose logits are held together
+constexpr int64_t kTurnedColumns = 128;  // tiles this narrow are turned before they are scored
+constexpr int64_t kLineRows = 512;       // of a bag whose logits are held together
+constexpr int64_t kMostScoreBytes = 4 << 20;
 constexpr int64_t kScoreBytes = 256 * 1024;  // logits of a tile; their gradients take as much again
 
 inline int64_t element_bytes(ElementType type) {
@@ -63,8 +64,10 @@ struct CrossAttentionTile {
         value_dim(round_up(params.value_dim, P::kAlign)),
         padded_short(round_up(n_short_rows, P::kPairs)) {
     const PoolBagParams wide = head_view(params.key, 0, std::max(dim, value_dim), nullptr, 1);
+    // whole tiles are worth scores that leave the nearest cache, up to a point
+    const int64_t score_bytes = std::max<int64_t>(1, short_max) * sizeof(Acc);
     const int64_t fit =
-        kScoreBytes / static_cast<int64_t>(sizeof(Acc)) / std::max<int64_t>(1, short_max);
+        std::max(kScoreBytes / score_bytes, std::min(kMaxTileRows, kMostScoreBytes / score_bytes));
     height = std::min(TileReader<P, Acc>(wide).tile_rows, std::max<int64_t>(8, fit / 8 * 8));
     ld_scores = ld_weights = round_up(height, std::max<int64_t>(kLanes<Acc>, P::kPairs));
   }
