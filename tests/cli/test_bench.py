@@ -18,7 +18,14 @@ from survfuse.cli import bench, main
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--smoke", "--device", "cpu", "--rounds", "1"]
 LONG = ["--smoke", "--device", "cpu", "--rounds", "50"]
-CALL = "import sys; sys.path.insert(0, sys.argv.pop(1)); from survfuse.cli import main; main()"
+# SIGINT as a terminal has it: who starts the tests in the background has it ignored
+CALL = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.path.insert(0, sys.argv.pop(1))
+from survfuse.cli import main
+main()
+"""
 
 
 def call(*arguments: object) -> int:
