@@ -39,6 +39,7 @@ TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 166912),
     "sm_90": (GPUTarget("cuda", 90, 32), 232448),
     "sm_100": (GPUTarget("cuda", 100, 32), 232448),
+    "sm_120": (GPUTarget("cuda", 120, 32), 101376),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 65536),
 }
 SPILLS_ARE_ERRORS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
