@@ -74,8 +74,8 @@ def cross_attention_backward(
     likes = {"query": query, "key": key, "value": value, "bias": bias}
     long = ("key", "value") if few else ("query",)
     side = attention.key_ragged if few else attention.query_ragged
-    gradients, options = _gradients(likes, needs, long, side, kind)
-    _run_backward(arguments, d_results.lse, results.lse, d_out, mean, gradients, options)
+    gradients, options = make_gradients(likes, needs, long, side, kind)
+    run_backward(arguments, d_results.lse, results.lse, d_out, mean, gradients, options)
     return tuple(
         None if gradient is None else gradient.to(like.dtype)
         for gradient, like in zip(gradients.values(), likes.values(), strict=True)
@@ -167,7 +167,7 @@ def common_arguments(
     return a
 
 
-def _gradients(likes, needs, long, side, kind) -> tuple[dict[str, Tensor | None], dict]:
+def make_gradients(likes, needs, long, side, kind) -> tuple[dict[str, Tensor | None], dict]:
     """Memory for the gradients by name, and what the launcher is told of it.
 
     Those of the short side are added up, in the type of accumulation. Those of the long side are
@@ -185,7 +185,7 @@ def _gradients(likes, needs, long, side, kind) -> tuple[dict[str, Tensor | None]
     return gradients, {"d_long_type": ELEMENT_TYPES[d_long_type], "overlapping": overlapping}
 
 
-def _run_backward(arguments, d_lse, lse, d_out, mean, gradients, options) -> None:
+def run_backward(arguments, d_lse, lse, d_out, mean, gradients, options) -> None:
     a = arguments
     kind = lse.dtype
     a.set(

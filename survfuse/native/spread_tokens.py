@@ -14,9 +14,9 @@ from survfuse.native.core import ELEMENT_TYPES, address, native_core
 from survfuse.native.cross_attention import (
     Arguments,
     Norm,
-    _gradients,
-    _run_backward,
     common_arguments,
+    make_gradients,
+    run_backward,
 )
 from survfuse.pooling import Pooling, SpreadNeeds, accumulation_type
 
@@ -59,9 +59,9 @@ def spread_tokens_backward(
     )
     likes = {"query": bag, "key": packed_keys, "value": packed_values, "bias": bias}
     order = (needs.bag, needs.keys, needs.values, needs.key_bias)
-    gradients, options = _gradients(likes, order, ("query",), pooling.ragged, kind)
+    gradients, options = make_gradients(likes, order, ("query",), pooling.ragged, kind)
     d_out = d_results.out.contiguous()
-    _run_backward(arguments, d_results.lse, lse, d_out, None, gradients, options)
+    run_backward(arguments, d_results.lse, lse, d_out, None, gradients, options)
     d_keys, d_values, d_bias = (
         None
         if gradients[name] is None

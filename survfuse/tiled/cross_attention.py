@@ -31,6 +31,7 @@ def cross_attention_forward(
     n_out = attention.query_total + 1
     out = key.new_zeros((n_out, heads, value_dim), dtype=kind)
     lse = key.new_full((n_out, heads), -torch.inf, dtype=kind)
+    mask = (attention.key_lengths.shape[0], attention.seed, attention.dropout_p)
     for query_tile, key_tiles in tile_pairs(query, key, attention):
         q = read_queries(query_tile, query, key)
         top = q.new_full(q.shape[:3], -torch.inf, dtype=kind)  # [B, H, n]
@@ -44,7 +45,7 @@ def cross_attention_forward(
             factor = torch.exp(top - shift)
             weights = torch.exp(logits - shift[..., None])
             total_weight = total_weight * factor + weights.sum(-1)
-            weights = dropped(weights, query_tile, tile, attention)
+            weights = dropped(weights, query_tile, tile.position, *mask)
             z = z * factor[..., None] + multiply(weights.to(v.dtype), v)
             top = new_top
         empty = total_weight == 0
@@ -80,6 +81,7 @@ def cross_attention_backward(
     # rounded as in the products below: the two must cancel
     d_out = d_results.out.to(operand)
     mean_gradients = mean_gradient(d_out, results.out)[..., None]
+    mask = (attention.key_lengths.shape[0], attention.seed, attention.dropout_p)
     for query_tile, key_tiles in tile_pairs(query, key, attention):
         q = read_queries(query_tile, query, key)
         dz, mean = (read_packed(query_tile, tensor) for tensor in (d_out, mean_gradients))
@@ -92,7 +94,7 @@ def cross_attention_backward(
             d_weights = multiply(dz, v.mT)
             if len(key_tiles) == 1:
                 softmax = without_rounding_of_lse(softmax)
-            weights = dropped(softmax, query_tile, tile, attention)
+            weights = dropped(softmax, query_tile, tile.position, *mask)
             if len(key_tiles) == 1:
                 # the mean of these very numbers: with few keys little but its rounding may be left
                 mean = (weights * d_weights).sum(-1, keepdim=True)
@@ -165,20 +167,27 @@ def score(
     return logits, None if value is None else read_keys(tile, value, bias)[0]
 
 
-def dropped(weights: Tensor, query_tile: Tile, tile: Tile, attention: Attention) -> Tensor:
-    """The weights [B, H, n, k] that dropout keeps, scaled."""
-    if attention.seed is None:
+def dropped(
+    weights: Tensor, tile: Tile, position: int, n_bags: int, seed: Tensor | None, p: float
+) -> Tensor:
+    """The weights [B, H, n, k] that dropout keeps, scaled.
+
+    Args:
+        weights: of a tile of queries and k keys.
+        tile: the queries.
+        position: of the first key in its bag.
+        n_bags: of the batch.
+        seed, p: of the mask; None drops nothing.
+    """
+    if seed is None:
         return weights
     _, heads, n, n_keys = weights.shape
     device = weights.device
-    row = (query_tile.position + torch.arange(n, device=device)) * heads
+    row = (tile.position + torch.arange(n, device=device)) * heads
     row = (row[None, :] + torch.arange(heads, device=device)[:, None]).flatten()
-    position = tile.position + torch.arange(n_keys, device=device)
-    bags = range(attention.key_lengths.shape[0])[tile.bags]
-    keep = torch.stack(
-        [keep_mask(attention.seed, b, row, position, attention.dropout_p) for b in bags]
-    )
-    return torch.where(keep.view(weights.shape), weights / (1.0 - attention.dropout_p), 0.0)
+    keys = position + torch.arange(n_keys, device=device)
+    keep = torch.stack([keep_mask(seed, b, row, keys, p) for b in range(n_bags)[tile.bags]])
+    return torch.where(keep.view(weights.shape), weights / (1.0 - p), 0.0)
 
 
 def multiply(left: Tensor, right: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from survfuse.attention import Attended
 from survfuse.pooling import Pooling, SpreadNeeds, accumulation_type
-from survfuse.reference.dropout import keep_mask
 from survfuse.tiled.cross_attention import (
     by_row,
+    dropped,
     multiply,
     packed_rows,
     read_packed,
@@ -36,6 +36,7 @@ def spread_tokens_forward(
     # one row more, where lockstep tiles put what lies behind a bag's end
     out = values.new_zeros((pooling.total + 1, heads, value_dim))
     lse = bag.new_full((pooling.total + 1, heads), -torch.inf, dtype=kind)
+    mask = (keys.shape[0], pooling.seed, pooling.dropout_p)
     for group in _tiles(keys, bag, pooling):
         for tile in group:
             x, _, _ = read_tile(tile, bag, None, pooling)
@@ -46,7 +47,7 @@ def spread_tokens_forward(
             total = weights.sum(-1)
             empty = total == 0
             safe = torch.where(empty, 1.0, total)
-            weights = _dropped(weights, tile, pooling)
+            weights = dropped(weights, tile, 0, *mask)
             z = multiply(weights.to(operand), values[tile.bags].to(operand)) / safe[..., None]
             rows = packed_rows(tile, pooling.total)
             out[rows] = by_row(torch.where(empty[..., None], 0.0, z), rows).to(out.dtype)
@@ -72,6 +73,7 @@ def spread_tokens_backward(
         torch.zeros(like.shape, dtype=kind, device=bag.device) if need else None
         for like, need in zip((keys, values, bag, key_bias), needs, strict=True)
     )
+    mask = (keys.shape[0], pooling.seed, pooling.dropout_p)
     for group in _tiles(keys, bag, pooling):
         for tile in group:
             x, _, row_rstd = read_tile(tile, bag, None, pooling)
@@ -80,7 +82,7 @@ def spread_tokens_backward(
             excluded = (logits == -torch.inf) | (row_lse == -torch.inf)
             softmax = torch.where(excluded, 0.0, torch.exp(logits - row_lse))
             softmax = without_rounding_of_lse(softmax)
-            weights = _dropped(softmax, tile, pooling)
+            weights = dropped(softmax, tile, 0, *mask)
             dz = read_packed(tile, d_results.out).to(operand)
             d_weights = multiply(dz, values[tile.bags].to(operand).mT)
             # of these very numbers, so that what is common to all values cancels
@@ -122,20 +124,6 @@ def _amax(logits: Tensor) -> Tensor:
     if logits.shape[-1] == 0:
         return logits.new_full(logits.shape[:-1], -torch.inf)
     return logits.amax(-1)
-
-
-def _dropped(weights: Tensor, tile: Tile, pooling: Pooling) -> Tensor:
-    """The weights [B, H, n, Lk] that dropout keeps, scaled."""
-    if pooling.seed is None:
-        return weights
-    _, heads, n, n_keys = weights.shape
-    device = weights.device
-    row = (tile.position + torch.arange(n, device=device)) * heads
-    row = (row[None, :] + torch.arange(heads, device=device)[:, None]).flatten()
-    position = torch.arange(n_keys, device=device)
-    bags = range(pooling.lengths.shape[0])[tile.bags]
-    keep = torch.stack([keep_mask(pooling.seed, b, row, position, pooling.dropout_p) for b in bags])
-    return torch.where(keep.view(weights.shape), weights / (1.0 - pooling.dropout_p), 0.0)
 
 
 def _inside(tile: Tile, values: Tensor) -> Tensor:
