@@ -7,6 +7,7 @@
 #include "cpu/cpu_features.h"
 #include "cross_attention.h"
 #include "device.h"
+#include "gated_attention_pool.h"
 #include "pool_bag.h"
 
 namespace py = pybind11;
@@ -139,6 +140,64 @@ int64_t attention_workspace(const py::dict& a) {
   return cross_attention_workspace(cross_attention_params(a));
 }
 
+GatedParams gated_params(const py::dict& a) {
+  const auto address = [&](const char* name) { return pointer(a[name].cast<uintptr_t>()); };
+  GatedParams p{};
+  p.bag = address("bag");
+  p.bag_type = static_cast<ElementType>(a["bag_type"].cast<int>());
+  p.bag_stride = a["bag_stride"].cast<int64_t>();
+  p.w_tanh = address("w_tanh");
+  p.w_gate = address("w_gate");
+  p.b_tanh = address("b_tanh");
+  p.b_gate = address("b_gate");
+  p.w_score = address("w_score");
+  p.b_score = address("b_score");
+  p.bias = address("bias");
+  p.starts = static_cast<const int64_t*>(address("starts"));
+  p.lengths = static_cast<const int64_t*>(address("lengths"));
+  p.n_bags = a["n_bags"].cast<int64_t>();
+  p.dim = a["dim"].cast<int64_t>();
+  p.n_hidden = a["n_hidden"].cast<int64_t>();
+  p.n_pools = a["n_pools"].cast<int64_t>();
+  p.dropout_p = a["dropout_p"].cast<double>();
+  p.seed = a["seed"].cast<uint64_t>();
+  p.workspace = address("workspace");
+  p.n_threads = a["n_threads"].cast<int>();
+  p.isa = static_cast<CpuIsa>(a["isa"].cast<int>());
+  return p;
+}
+
+void gated_attention_pool_forward(const py::dict& a) {
+  const GatedForward p{gated_params(a), pointer(a["pooled"].cast<uintptr_t>()),
+                       pointer(a["lse"].cast<uintptr_t>())};
+  py::gil_scoped_release release;
+  gated_attention_pool_forward_cpu(p);
+}
+
+void gated_attention_pool_backward(const py::dict& a) {
+  const auto address = [&](const char* name) { return pointer(a[name].cast<uintptr_t>()); };
+  GatedBackward p{};
+  p.in = gated_params(a);
+  p.lse = address("lse");
+  p.delta = address("delta");
+  p.d_pooled = address("d_pooled");
+  p.d_w_tanh = address("d_w_tanh");
+  p.d_w_gate = address("d_w_gate");
+  p.d_b_tanh = address("d_b_tanh");
+  p.d_b_gate = address("d_b_gate");
+  p.d_w_score = address("d_w_score");
+  p.d_bag = address("d_bag");
+  p.d_bias = address("d_bias");
+  p.d_bag_type = static_cast<ElementType>(a["d_bag_type"].cast<int>());
+  p.overlapping = a["overlapping"].cast<bool>();
+  py::gil_scoped_release release;
+  gated_attention_pool_backward_cpu(p);
+}
+
+int64_t gated_workspace(const py::dict& a, bool backward) {
+  return gated_attention_pool_workspace(gated_params(a), backward);
+}
+
 py::dict build_info() {
   py::dict info;
   info["compiler"] = __VERSION__;
@@ -185,4 +244,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("cross_attention_workspace", &attention_workspace);
   m.def("cross_attention_forward", &cross_attention_forward);
   m.def("cross_attention_backward", &cross_attention_backward);
+  m.def("gated_attention_pool_workspace", &gated_workspace);
+  m.def("gated_attention_pool_forward", &gated_attention_pool_forward);
+  m.def("gated_attention_pool_backward", &gated_attention_pool_backward);
 }

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from survfuse import reference
+from survfuse.native.core import native_core
 from survfuse.ops.backends import Selection, backend_obstacle, check_backend
 from survfuse.ops.checks import check_bag, check_bias, check_dropout, check_tensor
 from survfuse.ops.flops import flop_formula
@@ -31,9 +32,11 @@ from survfuse.ops.registration import (
 from survfuse.pooling import Gate, GatedBag, GatedNeeds, Pooling, accumulation_type
 from survfuse.ragged import Ragged, as_packed
 from survfuse.reference.dropout import draw_seed
+from survfuse.tiled.tiles import multiplies_bf16
 
 _MODULES = {
     "tiled": "survfuse.tiled.gated_attention_pool",
+    "native": "survfuse.native.gated_attention_pool",
     "triton": "survfuse.triton_kernels.gated_attention_pool",
 }
 
@@ -72,7 +75,7 @@ def gated_attention_pool(
             are never read.
         dropout_p: each attention weight is dropped with this probability, the rest scaled by
             1 / (1 - p).
-        backend: None, "reference", "tiled" or "triton".
+        backend: None, "reference", "tiled", "triton" or "native".
 
     Returns:
         pooled [B, K, D] of the type of `w_score`, and lse [B, K], the logsumexp of the logits
@@ -156,16 +159,27 @@ def select_gated_backend(
     """
     check_backend(requested)
     if requested is None:
-        if device.type != "cuda":
-            return Selection("tiled", "the only one beside the reference on this device")
-        obstacle = _obstacle("triton", device, dtype)
-        if obstacle is None:
-            return Selection("triton", "the fused kernels of this GPU")
-        return Selection("tiled", f"no Triton: {obstacle}")
+        return _fastest(device, dtype)
     obstacle = _obstacle(requested, device, dtype)
     if obstacle:
         raise RuntimeError(f"backend={requested!r} cannot serve this call: {obstacle}")
     return Selection(requested, "asked for")
+
+
+def _fastest(device: torch.device, dtype: torch.dtype) -> Selection:
+    if device.type == "cuda":
+        obstacle = _obstacle("triton", device, dtype)
+        if obstacle is None:
+            return Selection("triton", "the fused kernels of this GPU")
+        return Selection("tiled", f"no Triton: {obstacle}")
+    obstacle = _obstacle("native", device, dtype)
+    if obstacle is not None:
+        return Selection("tiled", f"no native kernel: {obstacle}")
+    if native_core().machine_info()["cpu_isa"] == "plain":
+        return Selection("tiled", "its library knows this processor's vectors better")
+    if dtype == torch.bfloat16 and multiplies_bf16():
+        return Selection("tiled", "bf16: oneDNN multiplies with AMX")
+    return Selection("native", "the C++ kernels of this processor")
 
 
 def _obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -369,7 +369,7 @@ OPS = (
         ),
         lambda call: plain_gated_attention_pool(**({"bias": None} | call.tensors | call.options)),
         make_gated,
-        ("tiled", "triton"),
+        ("tiled", "native", "triton"),
         has_dropout=True,
         registered="gated_attention_pool",
     ),

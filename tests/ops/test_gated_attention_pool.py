@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from survfuse import Ragged, ops
+from survfuse.native.core import native_core
 from tests.ops.contract import CASES, OPS, Call
 from tests.ops.test_contract import grads_and_results
 from tests.ops.tolerance import assert_within_budget
 
-BACKENDS = ["reference", "tiled"]
+BACKENDS = ["reference", "tiled", "native"]
 POOL, WEIGHTS = (op for op in OPS if op.name.startswith("gated_attention"))
 N, D, L, K = 11, 6, 4, 2
 
@@ -50,7 +51,6 @@ def arguments(**replaced) -> dict:
         ("ragged", (0, 1), TypeError, "ragged is tuple"),
         ("ragged", Ragged.from_ranges([0], [N + 1]), ValueError, "bag 0 is rows 0 to 12"),
         ("dropout_p", 1.0, ValueError, "dropout_p is 1.0"),
-        ("backend", "native", RuntimeError, "no native kernel of gated attention"),
         ("backend", "cudnn", ValueError, "backend is 'cudnn'"),
     ],
 )
@@ -123,6 +123,7 @@ def test_order_and_what_is_added_to_all_logits_change_nothing(backend: str) -> N
 def test_weights_pool_the_bag(backend: str) -> None:
     made, ragged = arguments(), Ragged.from_ranges([4, 0, 2], [7, 6, 0])
     pooled, lse = ops.gated_attention_pool(**made, ragged=ragged, backend=backend)
+    backend = None if backend == "native" else backend
     weights = ops.gated_attention_weights(**made, lse=lse, ragged=ragged, backend=backend)
     assert weights.shape == (13, K)
     torch.testing.assert_close(weights[:7].T @ made["bag"][4:], pooled[0])
@@ -178,7 +179,7 @@ def test_without_onednn_the_products_are_torch_mm(monkeypatch) -> None:
             assert_within_budget("by mm", got[index], plain[index], exact[0][index], dtype)
 
 
-@pytest.mark.parametrize("backend", ["tiled", "triton"])
+@pytest.mark.parametrize("backend", ["tiled", "native", "triton"])
 def test_only_what_is_asked_for_is_differentiated(backend: str) -> None:
     made = {name: tensor.float() for name, tensor in arguments().items()}
     everything = [tensor.requires_grad_() for tensor in made.values()]
@@ -210,9 +211,68 @@ def test_operations_of_a_call(trained: bool) -> None:
     assert counter.get_total_flops() - both == N * D * L * (16 if trained else 12)
 
 
+def many_rows(ranges: list[tuple[int, int]], dtype: torch.dtype) -> tuple[dict, Ragged]:
+    """A call whose rows take several chunks and tiles; odd sizes all over."""
+    g = torch.Generator().manual_seed(7)
+    n_rows, width, n_hidden, n_pools = 3100, 35, 21, 3
+    shapes = {
+        "bag": (n_rows, width),
+        "w_tanh": (n_hidden, width),
+        "b_tanh": (n_hidden,),
+        "w_gate": (n_hidden, width),
+        "b_gate": (n_hidden,),
+        "w_score": (n_pools, n_hidden),
+        "b_score": (n_pools,),
+        "bias": (n_rows,),
+    }
+    made = {
+        name: torch.randn(shape, generator=g, dtype=torch.double) * (0.2 if len(shape) > 1 else 1)
+        for name, shape in shapes.items()
+    }
+    made["bias"][1000:1010] = -torch.inf
+    made = {name: tensor.to(dtype).requires_grad_() for name, tensor in made.items()}
+    return made, Ragged.from_ranges(*zip(*ranges, strict=True))
+
+
+APART = [(40, 1200), (0, 0), (1240, 5), (1245, 1500), (2745, 1), (2746, 290)]
+SHARED = [(0, 1700), (0, 0), (600, 1900), (5, 1), (2500, 600)]
+
+
+def differentiated(made: dict, ragged: Ragged, backend: str) -> list[torch.Tensor]:
+    pooled, lse = ops.gated_attention_pool(**made, ragged=ragged, dropout_p=0.0, backend=backend)
+    up = torch.linspace(-1, 1, pooled.numel(), dtype=pooled.dtype).view(pooled.shape)
+    total = (up * pooled).sum() + torch.where(lse == -torch.inf, 0.0, lse).square().sum()
+    return [pooled, lse, *torch.autograd.grad(total, list(made.values()))]
+
+
+@pytest.mark.parametrize("ranges", [APART, SHARED], ids=["apart", "shared"])
+def test_chunks_of_the_native_kernel_add_up(ranges) -> None:
+    made, ragged = many_rows(ranges, torch.double)
+    expected = differentiated(made, ragged, "reference")
+    got = differentiated(made, ragged, "native")
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("ranges", [APART, SHARED], ids=["apart", "shared"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_threads_change_no_bit_of_the_native_kernel(ranges, dtype: torch.dtype) -> None:
+    made, ragged = many_rows(ranges, dtype)
+    before, outs = torch.get_num_threads(), []
+    for n_threads in (1, 2, 5):
+        torch.set_num_threads(n_threads)
+        outs.append(differentiated(made, ragged, "native"))
+    torch.set_num_threads(before)
+    for other in outs[1:]:
+        for a, b in zip(outs[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
 def test_the_choice_is_visible() -> None:
     made = tuple(arguments().values())
-    assert ops.selected_backend("gated_attention_pool", *made).backend == "tiled"
+    chosen = ops.selected_backend("gated_attention_pool", *made)
+    slow = native_core() is None or native_core().machine_info()["cpu_isa"] == "plain"
+    assert chosen.backend == ("tiled" if slow else "native")
     assert ops.selected_backend("gated_attention_weights", *made, backend="tiled")[1] == "asked for"
     assert ops.selected_backend("gated_attention_weights", *made).backend == "tiled"
     with pytest.raises(RuntimeError, match="fp64"):
