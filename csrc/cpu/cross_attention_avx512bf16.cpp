@@ -1,6 +1,6 @@
 #define SURVFUSE_VECTOR_BYTES 64
 #include "cpu/cross_attention_engine.h"
-#include "cpu/products_bf16.h"
+#include "cpu/panels_bf16.h"
 
 namespace survfuse {
 

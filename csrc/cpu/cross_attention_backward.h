@@ -29,6 +29,8 @@ struct CrossAttentionBackwardKernel {
     t.load_short(t.few ? in.query : in.key, start, in.dim, t.dim, !t.few, t.short1);
     t.load_short(t.few ? p.d_out : in.value, t.few ? out_row : start, in.value_dim, t.value_dim,
                  !t.few, t.short2);
+    if (t.few ? p.d_key : p.d_query) t.pack_short(1);
+    if (t.few && p.d_value) t.pack_short(2);
     Slot<Acc> slot(slot_memory, in, sides.short_max, true);
     const int64_t rows = in.n_heads * t.n_short;
     std::memset(slot.first, 0, rows * slot_columns(in.dim) * sizeof(Acc));
@@ -253,17 +255,13 @@ struct CrossAttentionBackwardKernel {
   static void scatter(const CrossAttentionBackward& p, Tile& t, const Here& at) {
     const CrossAttentionParams& in = p.in;
     if (void* d_long = t.few ? p.d_key : p.d_query) {
-      const Element* a = t.short1 + at.head * t.padded_short * t.dim;
       if (t.shared)
-        add_shared(p, t, at, a, d_long);
+        add_shared(p, t, at, d_long);
       else
-        write_rows(p, t, at, t.grads, a, in.dim, t.dim, t.row1, d_long);
+        write_rows(p, t, at, t.grads, t.short_rows(1, at.head), in.dim, t.row1, d_long);
     }
-    if (!t.few) return;
-    if (p.d_value) {
-      write_rows(p, t, at, t.scores, t.short2 + at.head * t.padded_short * t.value_dim,
-                 in.value_dim, t.value_dim, t.row2, p.d_value);
-    }
+    if (t.few && p.d_value)
+      write_rows(p, t, at, t.scores, t.short_rows(2, at.head), in.value_dim, t.row2, p.d_value);
   }
 
   // A bag's gradient of the bias is the sum over its heads; bags that share the key add theirs.
@@ -280,15 +278,14 @@ struct CrossAttentionBackwardKernel {
 
   // Rows m^T . a of one head, straight to where they go if that takes whole registers.
   static void write_rows(const CrossAttentionBackward& p, Tile& t, const Here& at, const Acc* m,
-                         const Element* a, int64_t width, int64_t padded, Acc* buffer,
-                         void* target) {
+                         const typename Tile::Short& a, int64_t width, Acc* buffer, void* target) {
     const CrossAttentionParams& in = p.in;
     const int64_t step = in.n_heads * width, first = (at.row * in.n_heads + at.head) * width;
     const bool straight = !p.overlapping && !in.normalize && !(t.few && in.bias) &&
-                          t.writes_rows(p.d_long_type, width, padded);
+                          t.writes_rows(p.d_long_type, width, a.width);
     Acc* rows = straight ? static_cast<Acc*>(target) + first : buffer;
-    const int64_t ld = straight ? step : padded;
-    t.template scatter<true>(m, at.n, a, padded, rows, ld);
+    const int64_t ld = straight ? step : a.width;
+    t.template scatter<true>(m, at.n, a, rows, ld);
     for (int64_t i = 0; !straight && i < at.n; ++i) {
       Acc* line = rows + i * ld;
       // its weights are 0, but 0 times an infinite gradient is not
@@ -298,13 +295,13 @@ struct CrossAttentionBackwardKernel {
   }
 
   // Rows all heads share: their gradients are added up, then go back through the normalisation.
-  static void add_shared(const CrossAttentionBackward& p, Tile& t, const Here& at, const Element* a,
-                         void* target) {
+  static void add_shared(const CrossAttentionBackward& p, Tile& t, const Here& at, void* target) {
     const CrossAttentionParams& in = p.in;
+    const typename Tile::Short a = t.short_rows(1, at.head);
     if (at.head == 0)
-      t.template scatter<true>(t.grads, at.n, a, t.dim, t.row1, t.dim);
+      t.template scatter<true>(t.grads, at.n, a, t.row1, t.dim);
     else
-      t.template scatter<false>(t.grads, at.n, a, t.dim, t.row1, t.dim);
+      t.template scatter<false>(t.grads, at.n, a, t.row1, t.dim);
     if (at.head < in.n_heads - 1) return;
     for (int64_t i = 0; i < at.n; ++i) {
       Acc* line = t.row1 + i * t.dim;

@@ -19,7 +19,10 @@ struct CrossAttentionForwardKernel {
     t.lay_out(Arena{memory});
     const int64_t start = sides.short_starts[item.bag];
     t.load_short(t.few ? in.query : in.key, start, in.dim, t.dim, !t.few, t.short1);
-    if (!t.few) t.load_short(in.value, start, in.value_dim, t.value_dim, true, t.short2);
+    if (!t.few) {
+      t.load_short(in.value, start, in.value_dim, t.value_dim, true, t.short2);
+      t.pack_short(2);
+    }
     Slot<Acc> slot(slot_memory, in, sides.short_max, false);
     if (t.few) clear(t, slot);
     for (int64_t done = 0; done < item.length; done += t.height) {
@@ -125,8 +128,7 @@ struct CrossAttentionForwardKernel {
     const bool straight = t.writes_rows(p.out_type, in.value_dim, t.value_dim);
     Acc* out = straight ? static_cast<Acc*>(p.out) + at : t.row2;
     const int64_t ldo = straight ? step : t.value_dim;
-    t.template scatter<true>(t.scores, n, t.short2 + h * t.padded_short * t.value_dim, t.value_dim,
-                             out, ldo);
+    t.template scatter<true>(t.scores, n, t.short_rows(2, h), out, ldo);
     for (int64_t i = 0; !straight && i < n; ++i)
       write_row(out + i * ldo, in.value_dim, false, p.out_type, p.out, at + i * step);
   }

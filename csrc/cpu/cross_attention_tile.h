@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/cross_attention_plan.h"
+#include "cpu/panels.h"
 #include "cpu/pool_bag_tile.h"
 #include "cpu/softmax.h"
 
@@ -10,6 +11,8 @@ namespace {
 
 constexpr int64_t kTurnedColumns = 128;  // tiles this narrow are turned before they are scored
 constexpr int64_t kLineRows = 512;       // of a bag whose logits are held together
+constexpr int64_t kPaneledRows = 32;     // so many short rows repay packing a tile into panels
+constexpr int64_t kPaneledTileRows = 128;
 constexpr int64_t kMostScoreBytes = 4 << 20;
 constexpr int64_t kScoreBytes = 256 * 1024;  // logits of a tile; their gradients take as much again
 
@@ -35,11 +38,21 @@ template <class P, class Acc>
 struct CrossAttentionTile {
   using Element = typename P::Element;
   using Weight = typename P::Weight;
+  using Panels = typename PanelsOf<P>::type;
+  static constexpr int64_t kWidth = Panels::kWidth;
+
+  // The short rows of one head: as they lie, and their whole panels.
+  struct Short {
+    const Element *rows, *panels;
+    int64_t width;
+  };
+
   // the products take logits and gradients as they are
   static constexpr bool kDirect = std::is_same_v<Weight, Acc>;
 
   const CrossAttentionParams& in;
   bool few, shared;
+  bool paneled;                     // the short side is long enough for products by panels
   int64_t n_short, dim, value_dim;  // padded to whole vectors
   int64_t height;                   // rows of a tile
   int64_t ld_scores, ld_weights;    // columns of scores and grads, and of weights
@@ -51,8 +64,12 @@ struct CrossAttentionTile {
   Acc *line, *rstd, *scores, *grads, *row1, *row2;  // row1, row2: [height, dim or value_dim]
   Acc *top, *sum, *mean;                            // [height]
   Acc *kept, *d_bias;                               // [kLineRows]
-  Weight *weights, *turned;                         // [R, height] and [height, R], if not direct
-  Element* columns;                                 // [kTurnedColumns, height]
+  Weight *weights, *turned;                         // [R, height] and [height, R]
+  int64_t ld_turned;
+  Element* columns;               // [kTurnedColumns, height]
+  Element *panels1, *panels2;     // of short1 and short2
+  Element *panel, *room;          // one of the tile; for the turning
+  const Element **left, **right;  // rows of a product
 
   // short_max: of the largest bag; it decides the height, so that one scratch serves all
   CrossAttentionTile(const CrossAttentionParams& params, int64_t n_short_rows, int64_t short_max)
@@ -62,13 +79,16 @@ struct CrossAttentionTile {
         n_short(n_short_rows),
         dim(round_up(params.dim, P::kAlign)),
         value_dim(round_up(params.value_dim, P::kAlign)),
+        paneled(n_short_rows >= kPaneledRows),
         padded_short(round_up(n_short_rows, P::kPairs)) {
     const PoolBagParams wide = head_view(params.key, 0, std::max(dim, value_dim), nullptr, 1);
+    const int64_t tile_rows =
+        short_max < kPaneledRows ? TileReader<P, Acc>(wide).tile_rows : kPaneledTileRows;
     // whole tiles are worth scores that leave the nearest cache, up to a point
     const int64_t score_bytes = std::max<int64_t>(1, short_max) * sizeof(Acc);
     const int64_t fit =
-        std::max(kScoreBytes / score_bytes, std::min(kMaxTileRows, kMostScoreBytes / score_bytes));
-    height = std::min(TileReader<P, Acc>(wide).tile_rows, std::max<int64_t>(8, fit / 8 * 8));
+        std::max(kScoreBytes / score_bytes, std::min(tile_rows, kMostScoreBytes / score_bytes));
+    height = std::min(tile_rows, std::max<int64_t>(8, fit / 8 * 8));
     ld_scores = ld_weights = round_up(height, std::max<int64_t>(kLanes<Acc>, P::kPairs));
   }
 
@@ -100,8 +120,17 @@ struct CrossAttentionTile {
     kept = arena.take<Acc>(std::max(ld_scores, kLineRows));
     d_bias = arena.take<Acc>(std::max(ld_scores, kLineRows));
     weights = arena.take<Weight>(kDirect ? 0 : padded_short * ld_weights);
-    turned = arena.take<Weight>(kDirect ? 0 : ld_weights * padded_short);
+    // one cache line more, or the rows' starts would share a few sets of the cache
+    ld_turned = paneled ? round_up(padded_short, 32) + pad : padded_short;
+    turned = arena.take<Weight>(kDirect && !paneled ? 0 : ld_weights * ld_turned);
     columns = arena.take<Element>(kTurnedColumns * ld_weights);
+    if (!paneled) return arena.used;
+    panels1 = arena.take<Element>(rows * dim);
+    panels2 = arena.take<Element>(rows * value_dim);
+    panel = arena.take<Element>(std::max({dim, value_dim, ld_scores}) * kWidth);
+    room = arena.take<Element>(Panels::turning_room(ld_weights));
+    left = arena.take<const Element*>(std::max(padded_short, ld_scores));
+    right = arena.take<const Element*>(ld_scores);
     return arena.used;
   }
 
@@ -127,7 +156,8 @@ struct CrossAttentionTile {
   void read_long(const HeadRows& rows, int64_t head, int64_t width, bool with_bias, bool normalize,
                  int64_t row, int64_t n, Element* buffer, const Element** x, int64_t* ldx) {
     const bool per_key = with_bias && in.bias_head_stride == 0;
-    PoolBagParams view = head_view(rows, head, width, per_key ? in.bias : nullptr, n_short);
+    PoolBagParams view =
+        head_view(rows, head, width, per_key ? in.bias : nullptr, paneled ? 1 : n_short);
     if (normalize) {
       view.normalize = in.normalize;
       view.eps = in.eps;
@@ -159,9 +189,35 @@ struct CrossAttentionTile {
 
   bool excluded(int64_t key) const { return excludes(static_cast<const Acc*>(in.bias), key); }
 
+  Short short_rows(int which, int64_t head) const {
+    const int64_t width = which == 1 ? dim : value_dim, at = head * padded_short * width;
+    return {(which == 1 ? short1 : short2) + at, (which == 1 ? panels1 : panels2) + at, width};
+  }
+
+  // Short rows that will be scattered.
+  void pack_short(int which) {
+    if (!paneled) return;
+    for (int64_t h = 0; h < in.n_heads; ++h) {
+      const Short from = short_rows(which, h);
+      Element* to =
+          (which == 1 ? panels1 : panels2) + (from.panels - (which == 1 ? panels1 : panels2));
+      point(from.rows, from.width, padded_short, left);
+      for (int64_t d = 0; d + kWidth <= from.width; d += kWidth)
+        Panels::pack(left, padded_short, d, kWidth, to + d * padded_short);
+    }
+  }
+
   // out [R, n] = a [R, width] . x [n, width]. streamed: x comes from memory, not from a buffer.
   void score(const Element* a, int64_t width, const Element* x, int64_t ldx, int64_t n, Acc* out,
              bool streamed) {
+    if (paneled) {
+      point(a, width, n_short, left);
+      for (; n >= kWidth; n -= kWidth, x += kWidth * ldx, out += kWidth) {
+        Panels::pack_columns(x, ldx, width, panel);
+        multiply_panels<Panels, true>(left, n_short, width, panel, 0, 1, out, ld_scores);
+      }
+      if (n == 0) return;
+    }
     if constexpr (std::is_same_v<Element, float>) {
       // over few columns the sums across a register would take as long as the products
       // whole registers are written: a tile may not reach into the next row of a wider matrix
@@ -178,29 +234,67 @@ struct CrossAttentionTile {
   // c [R, width] += m [R, n] . x [n, width], m rounded to the type of the products.
   void gather(const Acc* m, int64_t n, const Element* x, int64_t ldx, int64_t width, Acc* c,
               int64_t ldc) {
-    if constexpr (kDirect) {
-      accumulate<P>(m, ld_scores, n_short, x, ldx, n, width, c, ldc);
-    } else {
-      const int64_t n_k = round_up(n, P::kPairs);
-      for (int64_t r = 0; r < n_short; ++r) {
-        Weight* out = weights + r * ld_weights;
-        for (int64_t i = 0; i < n; ++i) out[i] = P::weight(m[r * ld_scores + i]);
-        for (int64_t i = n; i < n_k; ++i) out[i] = 0;
+    const Weight* w = rounded(m, n);
+    const int64_t ldw = kDirect ? ld_scores : ld_weights, n_k = round_up(n, P::kPairs);
+    // an odd row stands alone: behind it may be no memory
+    if (paneled && n == n_k) {
+      point(w, ldw, n_short, left);
+      point(x, ldx, n, right);
+      for (; width >= kWidth; width -= kWidth, x += kWidth, c += kWidth) {
+        Panels::pack(right, n, x - right[0], kWidth, panel);
+        multiply_panels<Panels, false>(left, n_short, n, panel, 0, 1, c, ldc);
       }
-      accumulate<P>(weights, ld_weights, n_short, x, ldx, n_k, width, c, ldc);
     }
+    accumulate<P>(w, ldw, n_short, x, ldx, n_k, width, c, ldc);
   }
 
   // c [n, width] = m^T [n, R] . a [R, width], or += unless FRESH.
   template <bool FRESH>
-  void scatter(const Acc* m, int64_t n, const Element* a, int64_t width, Acc* c, int64_t ldc) {
-    if constexpr (kDirect) {
-      accumulate<P, FRESH>(m, 1, n, a, width, n_short, width, c, ldc, {}, ld_scores);
+  void scatter(const Acc* m, int64_t n, const Short& a, Acc* c, int64_t ldc) {
+    const Element* rows = a.rows;
+    int64_t width = a.width;
+    if (!paneled && kDirect) {
+      if constexpr (kDirect)
+        accumulate<P, FRESH>(m, 1, n, rows, width, n_short, width, c, ldc, {}, ld_scores);
+      return;
+    }
+    if (paneled) {
+      const Weight* w = rounded(m, n);
+      Panels::turn_rows(w, kDirect ? ld_scores : ld_weights, padded_short, round_up(n, 8), turned,
+                        ld_turned, room);
+      point(turned, ld_turned, n, left);
+      const int64_t n_panels = width / kWidth;
+      multiply_panels<Panels, FRESH>(left, n, padded_short, a.panels, padded_short * kWidth,
+                                     n_panels, c, ldc);
+      rows += n_panels * kWidth;
+      c += n_panels * kWidth;
+      width -= n_panels * kWidth;
     } else {
       for (int64_t r = 0; r < padded_short; ++r)
         for (int64_t i = 0; i < n; ++i)
-          turned[i * padded_short + r] = r < n_short ? P::weight(m[r * ld_scores + i]) : Weight(0);
-      accumulate<P, FRESH>(turned, padded_short, n, a, width, padded_short, width, c, ldc);
+          turned[i * ld_turned + r] = r < n_short ? P::weight(m[r * ld_scores + i]) : Weight(0);
+    }
+    accumulate<P, FRESH>(turned, ld_turned, n, rows, a.width, padded_short, width, c, ldc);
+  }
+
+ private:
+  static void point(const Element* first, int64_t ld, int64_t n, const Element** rows) {
+    for (int64_t i = 0; i < n; ++i) rows[i] = first + i * ld;
+  }
+
+  // m [R, n] as it is multiplied: zeros behind it up to whole pairs of columns, and of rows.
+  const Weight* rounded(const Acc* m, int64_t n) {
+    if constexpr (kDirect) {
+      return m;
+    } else {
+      for (int64_t r = 0; r < padded_short; ++r) {
+        Weight* out = weights + r * ld_weights;
+        int64_t i = 0;
+        for (; r < n_short && i < n; i += kLanes<Acc>)
+          Panels::narrow(load(m + r * ld_scores + i), out + i);
+        std::fill(out + std::min(i, n), out + ld_weights, Weight(0));
+      }
+      return weights;
     }
   }
 };

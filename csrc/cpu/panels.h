@@ -93,6 +93,14 @@ struct VectorPanels {
   static int64_t turning_room(int64_t) { return 0; }
 };
 
+// The panels of the same elements as the small products P.
+template <class P>
+struct PanelsOf;
+template <class T>
+struct PanelsOf<VectorProducts<T>> {
+  using type = VectorPanels<T>;
+};
+
 // c [n_rows, kWidth n_panels] = or += a . panels, panel_size elements apart. Rows of `a` hold n_k
 // elements, zeros behind them up to a multiple of kPairs.
 template <class P, bool FRESH, class Acc>
@@ -101,18 +109,20 @@ void multiply_panels(const typename P::Element* const* a, int64_t n_rows, int64_
                      Acc* c, int64_t ldc) {
   const int64_t steps = (n_k + P::kPairs - 1) / P::kPairs;
   const int64_t pieces = (n_k + P::kTerms - 1) / P::kTerms;
+  const int64_t strips = (n_rows + P::kRows - 1) / P::kRows;
   for (int64_t panel = 0; panel < n_panels; ++panel)
     for (int64_t piece = 0; piece < pieces; ++piece) {
       const int64_t from = steps * piece / pieces, to = steps * (piece + 1) / pieces;
       const typename P::Element* b = panels + panel * panel_size + from * P::kPairs * P::kWidth;
-      for (int64_t r = 0; r < n_rows; r += P::kRows) {
+      for (int64_t r = 0, strip = 0, height; r < n_rows; r += height, ++strip) {
+        // of nearly equal height: 7 rows are 4 + 3, not 6 + 1
+        height = (n_rows - r + strips - strip - 1) / (strips - strip);
         Acc* out = c + r * ldc + panel * P::kWidth;
-        const int height = static_cast<int>(std::min<int64_t>(P::kRows, n_rows - r));
         // what the next strip adds to is not in the nearest cache where C is large
-        for (int i = 0; (!FRESH || piece) && i < P::kRows && r + P::kRows + i < n_rows; ++i)
+        for (int64_t i = r + height; (!FRESH || piece) && i < r + 2 * height && i < n_rows; ++i)
           for (int64_t at = 0; at < P::kWidth; at += 64 / sizeof(Acc))
-            __builtin_prefetch(out + (P::kRows + i) * ldc + at, 1);
-        with_constant<P::kRows>(height, [&](auto rows) {
+            __builtin_prefetch(c + i * ldc + panel * P::kWidth + at, 1);
+        with_constant<P::kRows>(static_cast<int>(height), [&](auto rows) {
           if (FRESH && piece == 0)
             P::template block<rows(), true>(a + r, from * P::kPairs, to - from, b, out, ldc);
           else

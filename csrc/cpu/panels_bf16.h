@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "cpu/panels.h"
+#include "cpu/products_bf16.h"
 
 namespace survfuse {
 namespace {
@@ -112,6 +113,11 @@ struct PairPanels {
     _mm512_storeu_si512(out, _mm512_permutex2var_epi16(one, low, two));
     _mm512_storeu_si512(out + 32, _mm512_permutex2var_epi16(one, high, two));
   }
+};
+
+template <>
+struct PanelsOf<PairProducts> {
+  using type = PairPanels;
 };
 
 }  // namespace

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from survfuse.attention import Attended, Attention
-from survfuse.native.core import ELEMENT_TYPES, address, native_core
+from survfuse.native.core import ELEMENT_TYPES, address, native_core, rounds_products
 from survfuse.native.cross_attention import (
     Arguments,
     Norm,
@@ -83,8 +83,11 @@ def _arguments(
     """The launcher's arguments; keys [B * Lk, H, D], values and bias as packed rows."""
     kind = accumulation_type(bag.dtype)
     n_bags, _, n_keys, _ = keys.shape
+    # of the bag's type where the kernel multiplies pairs of it, else of that of accumulation
+    multiplied = bag.dtype if rounds_products(bag.dtype, isa) else kind
     packed_keys, packed_values = (
-        tensor.to(kind).transpose(1, 2).flatten(0, 1).contiguous() for tensor in (keys, values)
+        tensor.to(multiplied).transpose(1, 2).flatten(0, 1).contiguous()
+        for tensor in (keys, values)
     )
     bias = None if key_bias is None else key_bias.to(kind).transpose(1, 2).flatten(0, 1)
     starts = torch.arange(n_bags) * n_keys

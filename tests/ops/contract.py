@@ -93,6 +93,15 @@ FAR_CASE = Case("far from zero, not normalised", mean=30.0)
 WIDE_CASES = (
     Case("wide", ranges=((0, 700), (650, 300)), n_stored=1000, dim=1029, queries=6, heads=1),
     Case("healnet", ranges=((0, 600),), n_stored=600, dim=517, queries=25, heads=8, norm=True),
+    Case(
+        "many tokens",
+        ranges=((0, 301), (280, 170), (290, 0)),
+        n_stored=450,
+        dim=150,
+        queries=41,
+        excluded=(7, 299),
+        norm=True,
+    ),
 )
 
 

@@ -129,7 +129,7 @@ NATIVE_OPS = [op for op in OPS if "native" in op.backends and "attend" not in op
 
 
 @pytest.mark.parametrize("isa", CPU_ISAS[1:])
-@pytest.mark.parametrize("case", [CASES[5], CASES[10], WIDE_CASES[1]], **IDS)
+@pytest.mark.parametrize("case", [CASES[5], CASES[10], *WIDE_CASES[1:]], **IDS)
 @pytest.mark.parametrize("op", NATIVE_OPS, **IDS)
 def test_native_on_every_instruction_set(op: Op, case: Case, isa: str, monkeypatch) -> None:
     if native_core() is None or not native_core().cpu_isa_available(CPU_ISAS.index(isa)):
