@@ -39,7 +39,7 @@ def spread_tokens_forward(
 
     Args:
         keys: [B, H, Lk, D] fp32, or the type of the bag.
-        values: [B, H, Lk, dv], of the type of the keys.
+        values: [B, H, Lk, dv], of the type of the keys or of the bag.
         bag: [T, D] fp32, bf16 or fp16, any row stride. Rows in no bag are never read.
         key_bias: [B, H, Lk], or None.
         pooling: the rest; ranges are clamped to the stored rows, statistics are fp32.

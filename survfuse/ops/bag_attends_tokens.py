@@ -185,7 +185,8 @@ def bag_attends_tokens_with_lse(
         keys, bias = absorb_keys(key, w_q, b_q, norm_weight, norm_bias, key_bias, scale)
         out, lse = spread_tokens(
             keys,
-            value.transpose(1, 2).to(keys.dtype),
+            # values of the bag's type spare a result in the wider one
+            (value if value.dtype == packed.dtype else value.to(keys.dtype)).transpose(1, 2),
             packed,
             key_bias=bias,
             ragged=ragged,

@@ -176,7 +176,7 @@ def _fastest(device: torch.device, dtype: torch.dtype) -> Selection:
     if obstacle is not None:
         return Selection("tiled", f"no native kernel: {obstacle}")
     if native_core().machine_info()["cpu_isa"] == "plain":
-        return Selection("tiled", "its library knows this processor's vectors better")
+        return Selection("tiled", "no vector instructions of this processor are in the C++ kernels")
     if dtype == torch.bfloat16 and multiplies_bf16():
         return Selection("tiled", "bf16: oneDNN multiplies with AMX")
     return Selection("native", "the C++ kernels of this processor")

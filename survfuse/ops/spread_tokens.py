@@ -60,7 +60,7 @@ def spread_tokens(
 
     Args:
         keys: [B, H, Lk, D]: keys with the query projection absorbed. May be fp32 over a 16-bit bag.
-        values: [B, H, Lk, dv], of the type of `keys`.
+        values: [B, H, Lk, dv], of the type of `keys` or of the bag.
         bag: [T, D] packed, or dense [B, N, D]; bf16, fp16, fp32, or fp64 on the CPU. Any row
             stride; a last stride other than 1 is copied.
         key_bias: [B, H, Lk] added to the logits of that key; -inf excludes the key, which may then
@@ -102,8 +102,11 @@ def spread_tokens(
     check_bag(bag)
     check_tensor("keys", keys, shape=("B", "H", "Lk", bag.shape[-1]), device=bag.device)
     check_tensor("values", values, shape=(*keys.shape[:3], "dv"), device=bag.device)
-    if values.dtype != keys.dtype:
-        raise TypeError(f"values is {values.dtype} and keys {keys.dtype}; they must have one type")
+    if values.dtype not in (keys.dtype, bag.dtype):
+        raise TypeError(
+            f"values is {values.dtype}; it must have the type of keys, {keys.dtype}, or of the "
+            f"bag, {bag.dtype}"
+        )
     if key_bias is not None:
         check_tensor("key_bias", key_bias, shape=tuple(keys.shape[:3]), device=bag.device)
     packed, ragged = as_packed(bag, ragged, keys.shape[0])
