@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from survfuse.native.core import fresh
+
 from .peers import COMPILING, Layout, first_line, peers
 from .shapes import DTYPES
 from .work import FORWARD, Passes, attention, of_mode
@@ -216,9 +218,16 @@ class Problem:
             for tensor in reads:
                 _words(tensor).sum()
             for tensor in copies:
-                tensor.detach().clone()
+                _fresh_like(tensor).copy_(tensor.detach())
             for tensor in writes:
-                torch.full_like(tensor, 1.0)
+                _fresh_like(tensor).fill_(1.0)
+
+
+def _fresh_like(tensor: Tensor) -> Tensor:
+    """Memory as a kernel's results get it."""
+    if tensor.device.type == "cpu":
+        return fresh(tensor.shape, tensor.dtype)
+    return torch.empty_like(tensor)
 
 
 def _why(error: Exception, said: list[str]) -> str:

@@ -17,6 +17,7 @@ from survfuse.native.core import (
     ELEMENT_TYPES,
     address,
     coverage,
+    fresh,
     native_core,
     rounds_products,
     workspace,
@@ -39,8 +40,7 @@ def cross_attention_forward(
     few = few_queries(attention)
     shape = (attention.query_total, query.shape[1])
     # a bag without keys is no work: its results stand here already
-    make = torch.zeros if few else torch.empty
-    out = make((*shape, value.shape[2]), dtype=kind if few else query.dtype)
+    out = fresh((*shape, value.shape[2]), kind if few else query.dtype, zero=few)
     lse = torch.full(shape, -torch.inf, dtype=kind)
     arguments = common_arguments(query, key, value, bias, attention, few, isa)
     arguments.set(out=address(out), out_type=ELEMENT_TYPES[out.dtype], lse=address(lse))
@@ -179,9 +179,9 @@ def make_gradients(likes, needs, long, side, kind) -> tuple[dict[str, Tensor | N
     gradients = {}
     for (name, like), need in zip(likes.items(), needs, strict=True):
         of_long = name in long or (name == "bias" and "key" in long)
-        make = torch.empty if of_long and covering else torch.zeros
+        zero = not (of_long and covering)
         dtype = d_long_type if name in long else kind
-        gradients[name] = make(like.shape, dtype=dtype) if need else None
+        gradients[name] = fresh(like.shape, dtype, zero=zero) if need else None
     return gradients, {"d_long_type": ELEMENT_TYPES[d_long_type], "overlapping": overlapping}
 
 
