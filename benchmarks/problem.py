@@ -15,8 +15,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from survfuse.native.core import fresh
-
 from .peers import COMPILING, Layout, first_line, peers
 from .shapes import DTYPES
 from .work import FORWARD, Passes, attention, of_mode
@@ -218,16 +216,9 @@ class Problem:
             for tensor in reads:
                 _words(tensor).sum()
             for tensor in copies:
-                _fresh_like(tensor).copy_(tensor.detach())
+                tensor.detach().clone()
             for tensor in writes:
-                _fresh_like(tensor).fill_(1.0)
-
-
-def _fresh_like(tensor: Tensor) -> Tensor:
-    """Memory as a kernel's results get it."""
-    if tensor.device.type == "cpu":
-        return fresh(tensor.shape, tensor.dtype)
-    return torch.empty_like(tensor)
+                torch.full_like(tensor, 1.0)
 
 
 def _why(error: Exception, said: list[str]) -> str:

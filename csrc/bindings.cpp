@@ -5,7 +5,6 @@
 #include <tuple>
 
 #include "cpu/cpu_features.h"
-#include "cpu/huge_pages.h"
 #include "cross_attention.h"
 #include "device.h"
 #include "gated_attention_pool.h"
@@ -230,10 +229,6 @@ py::dict machine_info() {
   return info;
 }
 
-void huge_pages(uintptr_t address, int64_t n_bytes) {
-  ask_for_huge_pages(pointer(address), n_bytes);
-}
-
 bool cpu_isa_available(int isa) { return isa_available(static_cast<CpuIsa>(isa)); }
 
 }  // namespace
@@ -243,7 +238,6 @@ PYBIND11_MODULE(_native, m) {
   m.def("build_info", &build_info, "What was built: compiler, CPU instruction sets, CUDA.");
   m.def("machine_info", &machine_info, "What this machine can run of it.");
   m.def("cpu_isa_available", &cpu_isa_available);
-  m.def("ask_for_huge_pages", &huge_pages);
   m.def("pool_bag_workspace", &workspace);
   m.def("pool_bag_forward", &pool_bag_forward);
   m.def("pool_bag_backward", &pool_bag_backward);

@@ -57,8 +57,6 @@ EXCEPTIONS = {
     "survfuse.cli.doctor": {"_native", "ops"},
     # times the kernel and a model against plain torch
     "survfuse.cli.demo_kernel": {"ops", "models"},
-    # the floor writes memory of the kind that results get
-    "survfuse.benchmarks.problem": {"native.core"},
 }
 # what installed code may import beside the standard library: none is under the GPL
 BASE = {"torch", "numpy", "survfuse"}

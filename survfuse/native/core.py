@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -15,7 +14,6 @@ ELEMENT_TYPES = {
     torch.bfloat16: 2,
     torch.float16: 3,
 }
-_LARGE = 4 << 20  # bytes; less is mostly memory that was used before
 CPU_ISAS = ("auto", "plain", "avx2", "avx512", "avx512bf16")
 
 
@@ -34,21 +32,9 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def fresh(shape: Sequence[int], dtype: torch.dtype, *, zero: bool = False) -> Tensor:
-    """CPU memory for results, uninitialised or zero; in huge pages if it is large.
-
-    The first write to each page is a fault: with pages of 4 KB they took more than half the time of
-    an attention that writes gradients of its keys and values.
-    """
-    tensor = (torch.zeros if zero else torch.empty)(shape, dtype=dtype)
-    if tensor.nbytes >= _LARGE and native_core() is not None:
-        native_core().ask_for_huge_pages(address(tensor), tensor.nbytes)
-    return tensor
-
-
 def workspace(n_bytes: int) -> Tensor:
     """Uninitialised bytes for a launcher."""
-    return fresh((n_bytes,), torch.uint8)
+    return torch.empty(n_bytes, dtype=torch.uint8)
 
 
 def rounds_products(dtype: torch.dtype, isa: str) -> bool:

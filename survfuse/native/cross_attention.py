@@ -17,7 +17,6 @@ from survfuse.native.core import (
     ELEMENT_TYPES,
     address,
     coverage,
-    fresh,
     native_core,
     rounds_products,
     workspace,
@@ -40,7 +39,8 @@ def cross_attention_forward(
     few = few_queries(attention)
     shape = (attention.query_total, query.shape[1])
     # a bag without keys is no work: its results stand here already
-    out = fresh((*shape, value.shape[2]), kind if few else query.dtype, zero=few)
+    make = torch.zeros if few else torch.empty
+    out = make((*shape, value.shape[2]), dtype=kind if few else query.dtype)
     lse = torch.full(shape, -torch.inf, dtype=kind)
     arguments = common_arguments(query, key, value, bias, attention, few, isa)
     arguments.set(out=address(out), out_type=ELEMENT_TYPES[out.dtype], lse=address(lse))
@@ -179,9 +179,9 @@ def make_gradients(likes, needs, long, side, kind) -> tuple[dict[str, Tensor | N
     gradients = {}
     for (name, like), need in zip(likes.items(), needs, strict=True):
         of_long = name in long or (name == "bias" and "key" in long)
-        zero = not (of_long and covering)
+        make = torch.empty if of_long and covering else torch.zeros
         dtype = d_long_type if name in long else kind
-        gradients[name] = fresh(like.shape, dtype, zero=zero) if need else None
+        gradients[name] = make(like.shape, dtype=dtype) if need else None
     return gradients, {"d_long_type": ELEMENT_TYPES[d_long_type], "overlapping": overlapping}
 
 

@@ -14,7 +14,6 @@ from survfuse.native.core import (
     ELEMENT_TYPES,
     address,
     coverage,
-    fresh,
     native_core,
     workspace,
 )
@@ -54,10 +53,11 @@ def gated_attention_pool_backward(
     lse = results.lse.contiguous()
     delta = (d_pooled * results.pooled).sum(-1) - d_lse
     overlapping, covering = coverage(pooling.starts, pooling.lengths, bag.shape[0])
+    make = torch.empty if covering else torch.zeros
     # sums of overlapping bags are rounded once, at the end
     d_bag_type = kind if overlapping else bag.dtype
-    d_bag = fresh(bag.shape, d_bag_type, zero=not covering) if needs.bag else None
-    d_bias = fresh(bag.shape[:1], kind, zero=not covering) if needs.bias else None
+    d_bag = make(bag.shape, dtype=d_bag_type) if needs.bag else None
+    d_bias = make(bag.shape[0], dtype=kind) if needs.bias else None
     d_gate = {
         f"d_{name}": torch.empty(tensor.shape, dtype=kind)
         if tensor is not None and getattr(needs, name)

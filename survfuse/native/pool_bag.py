@@ -14,7 +14,6 @@ from survfuse.native.core import (
     ELEMENT_TYPES,
     address,
     coverage,
-    fresh,
     native_core,
     rounds_products,
     workspace,
@@ -58,10 +57,11 @@ def pool_bag_backward(
     delta = weighted_gradient(rounded, d_results, results)
     d_rows = bag.new_empty(rows.shape, dtype=kind) if needs.rows else None
     overlapping, covering = coverage(pooling.starts, pooling.lengths, bag.shape[0])
+    make = torch.empty if covering else torch.zeros
     # sums of overlapping bags are rounded once, at the end
     d_bag_type = kind if overlapping else bag.dtype
-    d_bag = fresh(bag.shape, d_bag_type, zero=not covering) if needs.bag else None
-    d_bias = fresh(bag.shape[:1], kind, zero=not covering) if needs.bias else None
+    d_bag = make(bag.shape, dtype=d_bag_type) if needs.bag else None
+    d_bias = make(bag.shape[0], dtype=kind) if needs.bias else None
     arguments, alive = _arguments(rows, bag, bias, pooling, isa)
     lse, delta = results.lse.contiguous(), delta.contiguous()
     d_logit_sum = torch.empty_like(lse)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from survfuse.attention import Attended, Attention
-from survfuse.native.core import ELEMENT_TYPES, address, fresh, native_core, rounds_products
+from survfuse.native.core import ELEMENT_TYPES, address, native_core, rounds_products
 from survfuse.native.cross_attention import (
     Arguments,
     Norm,
@@ -32,7 +32,7 @@ def spread_tokens_forward(
 ) -> Attended:
     """Out of the type of the values, lse of that of accumulation."""
     heads = keys.shape[1]
-    out = fresh((pooling.total, heads, values.shape[3]), values.dtype)
+    out = torch.empty((pooling.total, heads, values.shape[3]), dtype=values.dtype)
     lse = torch.empty((pooling.total, heads), dtype=accumulation_type(bag.dtype))
     arguments = _arguments(keys, values, bag, key_bias, pooling, isa)[0]
     arguments.set(out=address(out), out_type=ELEMENT_TYPES[out.dtype], lse=address(lse))
