@@ -199,8 +199,7 @@ struct CrossAttentionTile {
     if (!paneled) return;
     for (int64_t h = 0; h < in.n_heads; ++h) {
       const Short from = short_rows(which, h);
-      Element* to =
-          (which == 1 ? panels1 : panels2) + (from.panels - (which == 1 ? panels1 : panels2));
+      Element* to = (which == 1 ? panels1 : panels2) + h * padded_short * from.width;
       point(from.rows, from.width, padded_short, left);
       for (int64_t d = 0; d + kWidth <= from.width; d += kWidth)
         Panels::pack(left, padded_short, d, kWidth, to + d * padded_short);
