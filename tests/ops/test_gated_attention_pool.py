@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 
 import pytest
@@ -236,6 +237,8 @@ def many_rows(ranges: list[tuple[int, int]], dtype: torch.dtype) -> tuple[dict, 
 
 APART = [(40, 1200), (0, 0), (1240, 5), (1245, 1500), (2745, 1), (2746, 290)]
 SHARED = [(0, 1700), (0, 0), (600, 1900), (5, 1), (2500, 600)]
+# more chunks than there are sums to keep: bags that share rows are never in one chunk
+CROWDED = [(7 * i, 40) for i in range(150)]
 
 
 def differentiated(made: dict, ragged: Ragged, backend: str) -> list[torch.Tensor]:
@@ -245,7 +248,7 @@ def differentiated(made: dict, ragged: Ragged, backend: str) -> list[torch.Tenso
     return [pooled, lse, *torch.autograd.grad(total, list(made.values()))]
 
 
-@pytest.mark.parametrize("ranges", [APART, SHARED], ids=["apart", "shared"])
+@pytest.mark.parametrize("ranges", [APART, SHARED, CROWDED], ids=["apart", "shared", "crowded"])
 def test_chunks_of_the_native_kernel_add_up(ranges) -> None:
     made, ragged = many_rows(ranges, torch.double)
     expected = differentiated(made, ragged, "reference")
@@ -277,3 +280,26 @@ def test_the_choice_is_visible() -> None:
     assert ops.selected_backend("gated_attention_weights", *made).backend == "tiled"
     with pytest.raises(RuntimeError, match="fp64"):
         ops.selected_backend("gated_attention_pool", *made, backend="triton")
+
+
+def test_processors_that_libraries_serve_better_get_them(monkeypatch) -> None:
+    # the package shows the function under the module's name
+    module = importlib.import_module("survfuse.ops.gated_attention_pool")
+
+    class Core:
+        def __init__(self, isa: str) -> None:
+            self.isa = isa
+
+        def machine_info(self) -> dict:
+            return {"cpu_isa": self.isa}
+
+    def chosen(dtype: torch.dtype):
+        return ops.selected_backend("gated_attention_pool", torch.zeros(2, 3, dtype=dtype))
+
+    monkeypatch.setattr(module, "backend_obstacle", lambda *_, **__: None)
+    monkeypatch.setattr(module, "native_core", lambda: Core("avx512bf16"))
+    monkeypatch.setattr(module, "multiplies_bf16", lambda: True)
+    assert chosen(torch.float32).backend == "native"
+    assert chosen(torch.bfloat16) == ("tiled", "bf16: oneDNN multiplies with AMX")
+    monkeypatch.setattr(module, "native_core", lambda: Core("plain"))
+    assert chosen(torch.float32).backend == "tiled"
