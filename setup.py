@@ -99,7 +99,7 @@ class BuildNative(build_ext):
             else:
                 compiler = os.environ.get("CXX", "c++").split()
                 command = [*compiler, *CXX_FLAGS, *isa_flags(path), *defines]
-                if path.name == "bindings.cpp":
+                if path.name.endswith("bindings.cpp"):
                     command += python_includes()
                 command += ["-c", str(path), "-o", str(target)]
             run(command)
