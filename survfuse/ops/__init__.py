@@ -11,6 +11,10 @@ from survfuse.ops.cross_attention_weights import cross_attention_weights
 from survfuse.ops.gated_attention_pool import gated_attention_pool
 from survfuse.ops.gated_attention_weights import gated_attention_weights
 from survfuse.ops.merge_attention import merge_attention, merge_over_group
+from survfuse.ops.multi_scale_deformable_attention import (
+    multi_scale_deformable_attention,
+    multi_scale_deformable_attention_from_offsets,
+)
 from survfuse.ops.pool_bag import pool_bag
 from survfuse.ops.pool_weights import pool_weights
 from survfuse.ops.selection import selected_backend
@@ -40,6 +44,8 @@ __all__ = [
     "gated_attention_weights",
     "merge_attention",
     "merge_over_group",
+    "multi_scale_deformable_attention",
+    "multi_scale_deformable_attention_from_offsets",
     "pool_bag",
     "pool_weights",
     "select_backend",

@@ -52,8 +52,16 @@ def check_backend(backend: str | None) -> None:
         raise ValueError(f"backend is {backend!r}; it must be None or one of {BACKENDS}")
 
 
-def backend_obstacle(backend: str, *, device: torch.device | str, dtype: torch.dtype) -> str | None:
+def backend_obstacle(
+    backend: str,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    has_cuda_kernel: bool = False,
+) -> str | None:
     """Why a backend cannot serve a bag of this type on this device; None if it can.
+
+    `has_cuda_kernel`: the native core has kernels of the op for GPUs, too.
 
     Raises:
         ValueError: no backend has that name.
@@ -63,7 +71,7 @@ def backend_obstacle(backend: str, *, device: torch.device | str, dtype: torch.d
     if backend == "triton":
         return _triton_obstacle(device, dtype)
     if backend == "native":
-        return _native_obstacle(device, dtype)
+        return _native_obstacle(device, dtype, has_cuda_kernel)
     return None
 
 
@@ -73,7 +81,7 @@ def _fastest(device: torch.device, dtype: torch.dtype, n_rows: int) -> Selection
         if obstacle is None:
             return Selection("triton", "the fused kernels of this GPU")
         return Selection("tiled", f"no Triton: {obstacle}")
-    obstacle = _native_obstacle(device, dtype)
+    obstacle = _native_obstacle(device, dtype, False)
     if obstacle is not None:
         return Selection("tiled", f"no native kernel: {obstacle}")
     if dtype == torch.bfloat16 and n_rows > _AMX_ROWS and multiplies_bf16():
@@ -102,9 +110,11 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     return f"Triton needs a GPU, the bag is on {device}"
 
 
-def _native_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+def _native_obstacle(device: torch.device, dtype: torch.dtype, has_cuda_kernel: bool) -> str | None:
     if device.type == "cuda":
-        return "the native core has no CUDA kernel of this op"
+        if not has_cuda_kernel:
+            return "the native core has no CUDA kernel of this op"
+        return _cuda_obstacle(dtype)
     if device.type != "cpu":
         return f"the native core runs on the CPU, the bag is on {device}"
     if dtype not in ELEMENT_TYPES:
@@ -115,3 +125,20 @@ def _native_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
             "`survfuse doctor` says which"
         )
     return None
+
+
+def _cuda_obstacle(dtype: torch.dtype) -> str | None:
+    if dtype == torch.float64:
+        return "the CUDA kernels take bf16, fp16 and fp32, not fp64"
+    if torch.version.cuda is None:
+        return "this torch's GPU is no NVIDIA one"
+    core = native_core()
+    if core is None or not core.build_info()["cuda"]:
+        return "the native core was built without CUDA; `survfuse doctor` says more"
+    return _cuda_error() or None
+
+
+@functools.cache
+def _cuda_error() -> str:
+    """Why this build's CUDA kernels cannot run here, such as a driver that is too old."""
+    return native_core().machine_info()["cuda_error"]

@@ -15,6 +15,10 @@ from survfuse.reference.gated_attention_pool import (
     gated_attention_weights,
 )
 from survfuse.reference.merge_attention import merge_attention
+from survfuse.reference.multi_scale_deformable_attention import (
+    multi_scale_deformable_attention,
+    multi_scale_deformable_attention_from_offsets,
+)
 from survfuse.reference.pool_bag import pool_bag, pool_weights
 from survfuse.reference.spread_tokens import spread_tokens
 from survfuse.reference.tokens_attend_bag import (
@@ -33,6 +37,8 @@ __all__ = [
     "gated_attention_pool",
     "gated_attention_weights",
     "merge_attention",
+    "multi_scale_deformable_attention",
+    "multi_scale_deformable_attention_from_offsets",
     "pool_bag",
     "pool_weights",
     "spread_tokens",
