@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import compile_attention
+import compile_deformable
 import compile_gated
 import compile_pool_bag
 import compile_spread
@@ -33,7 +34,13 @@ from survfuse.triton_kernels.pool_bag_shapes import Limits
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-CALLS = (compile_pool_bag, compile_attention, compile_gated, compile_spread)
+CALLS = (
+    compile_pool_bag,
+    compile_attention,
+    compile_gated,
+    compile_spread,
+    compile_deformable,
+)
 TARGETS = {
     # shared memory a program may have, in bytes
     "sm_80": (GPUTarget("cuda", 80, 32), 166912),
