@@ -27,6 +27,7 @@ NEUTRAL = {
     "ragged": set(),
     "pooling": {"ragged"},
     "attention": {"ragged"},
+    "deformable": set(),
     "batch": {"ragged"},
     "extras": set(),
     "outcomes": set(),
