@@ -16,7 +16,7 @@ TENTH = ((32, 52), (16, 26), (8, 13), (4, 7))
 # batch, levels, heads, width of a head, points
 SHAPES = [
     pytest.param((1, TENTH, 8, 32, 4), marks=CORE, id="tenth of an encoder"),
-    pytest.param((1, ENCODER, 8, 32, 4), id="encoder"),
+    pytest.param((1, ENCODER, 8, 32, 4), marks=CORE, id="encoder"),
     pytest.param((4, TENTH, 8, 64, 4), id="4 x tenth, heads of 64"),
     pytest.param((1, ((5, 4), (3, 2)), 2, 8, 2), marks=pytest.mark.smoke, id="tiny"),
 ]
