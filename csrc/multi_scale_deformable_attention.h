@@ -12,11 +12,11 @@ struct DeformableParams {
   const void* value;  // [B, S, H, d] in  the last stride is 1
   ElementType value_type;
   int64_t batch_stride, row_stride, head_stride;  // of value, in elements
-  const int64_t* shapes;   // [L, 2]             in  (height, width); levels lie one behind another
-  const void* points;      // [B, Q, H, L, P, 2] in  acc; (x, y), or offsets from the reference
-  const void* weights;     // [B, Q, H, L, P]    in  or logits, where there is a reference
+  const int64_t* shapes;    // [L, 2]             in  (height, width); levels lie one behind another
+  const void* points;       // [B, Q, H, L, P, 2] in  acc; (x, y), or offsets from the reference
+  const void* weights;      // [B, Q, H, L, P]    in  or logits, where there is a reference
   ElementType weight_type;  // acc on the CPU
-  const void* reference;   // [B, Q, L, 2 or 4]  in  acc; null: points are locations
+  const void* reference;    // [B, Q, L, 2 or 4]  in  acc; null: points are locations
   int64_t reference_dim;
   int64_t n_batches, n_queries, n_rows, n_heads, dim, n_levels, n_points;
   int n_threads;  // CPU
