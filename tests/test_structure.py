@@ -27,6 +27,7 @@ NEUTRAL = {
     "ragged": set(),
     "pooling": {"ragged"},
     "attention": {"ragged"},
+    "position_bias": {"ragged"},
     "batch": {"ragged"},
     "extras": set(),
     "outcomes": set(),

@@ -13,6 +13,10 @@ from survfuse.ops.gated_attention_weights import gated_attention_weights
 from survfuse.ops.merge_attention import merge_attention, merge_over_group
 from survfuse.ops.pool_bag import pool_bag
 from survfuse.ops.pool_weights import pool_weights
+from survfuse.ops.position_biased_attention import (
+    position_biased_attention,
+    position_biased_attention_with_lse,
+)
 from survfuse.ops.selection import selected_backend
 from survfuse.ops.spread_tokens import spread_tokens
 from survfuse.ops.tokens_attend_bag import (
@@ -42,6 +46,8 @@ __all__ = [
     "merge_over_group",
     "pool_bag",
     "pool_weights",
+    "position_biased_attention",
+    "position_biased_attention_with_lse",
     "select_backend",
     "selected_backend",
     "spread_tokens",

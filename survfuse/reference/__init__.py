@@ -16,6 +16,10 @@ from survfuse.reference.gated_attention_pool import (
 )
 from survfuse.reference.merge_attention import merge_attention
 from survfuse.reference.pool_bag import pool_bag, pool_weights
+from survfuse.reference.position_biased_attention import (
+    position_biased_attention,
+    position_biased_attention_with_lse,
+)
 from survfuse.reference.spread_tokens import spread_tokens
 from survfuse.reference.tokens_attend_bag import (
     tokens_attend_bag,
@@ -35,6 +39,8 @@ __all__ = [
     "merge_attention",
     "pool_bag",
     "pool_weights",
+    "position_biased_attention",
+    "position_biased_attention_with_lse",
     "spread_tokens",
     "tokens_attend_bag",
     "tokens_attend_bag_weights",
