@@ -120,7 +120,7 @@ struct BiasedBackwardKernel {
 
   void weigh(int64_t vector, int64_t n_vectors, int v, T* d) {
     const int64_t per_row = t.tile / kLanes<T>, i = vector / per_row;
-    const int64_t n_left = t.n_keys - vector % per_row * kLanes<T>;
+    const int64_t n_left = std::max<int64_t>(0, t.n_keys - vector % per_row * kLanes<T>);
     for (int64_t o = 0; o < t.heads; ++o) {
       T* to = d + o * kStrip<T> + v * kLanes<T>;
       if (vector >= n_vectors) {
