@@ -201,6 +201,17 @@ def test_signed_log_is_exact_at_every_distance(isa: str, dtype, monkeypatch) -> 
 
 
 @TORCH_TARGETS
+def test_a_single_key_moves_no_query(backend: str) -> None:
+    """Its weight is 1 whatever its logit: the gradient is 0, not what rounding leaves of it."""
+    for options in ({}, TABLE):
+        for dtype in (torch.float32, torch.bfloat16):
+            call = make(Case("single", n_queries=40, n_keys=1, options=options)).to(dtype)
+            out = call.run(backend)[0]
+            (d_query,) = torch.autograd.grad(out.double().square().sum(), [call.tensors["query"]])
+            assert bool((d_query == 0).all())
+
+
+@TORCH_TARGETS
 def test_strided_inputs(backend: str) -> None:
     call = make(EXACT_CASES[1]).to(torch.float32)
     expected = differentiate(call, call.run(backend))
