@@ -28,6 +28,7 @@ NEUTRAL = {
     "pooling": {"ragged"},
     "attention": {"ragged"},
     "deformable": set(),
+    "position_bias": {"ragged"},
     "batch": {"ragged"},
     "extras": set(),
     "outcomes": set(),

@@ -17,6 +17,10 @@ from survfuse.ops.multi_scale_deformable_attention import (
 )
 from survfuse.ops.pool_bag import pool_bag
 from survfuse.ops.pool_weights import pool_weights
+from survfuse.ops.position_biased_attention import (
+    position_biased_attention,
+    position_biased_attention_with_lse,
+)
 from survfuse.ops.selection import selected_backend
 from survfuse.ops.spread_tokens import spread_tokens
 from survfuse.ops.tokens_attend_bag import (
@@ -48,6 +52,8 @@ __all__ = [
     "multi_scale_deformable_attention_from_offsets",
     "pool_bag",
     "pool_weights",
+    "position_biased_attention",
+    "position_biased_attention_with_lse",
     "select_backend",
     "selected_backend",
     "spread_tokens",
