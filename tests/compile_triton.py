@@ -27,6 +27,7 @@ import compile_attention
 import compile_deformable
 import compile_gated
 import compile_pool_bag
+import compile_position_biased
 import compile_spread
 import triton
 from compile_calls import OPTIONS, Launch
@@ -40,6 +41,7 @@ CALLS = (
     compile_gated,
     compile_spread,
     compile_deformable,
+    compile_position_biased,
 )
 TARGETS = {
     # shared memory a program may have, in bytes
