@@ -69,9 +69,17 @@ def position_biased_attention_forward(
         # without values there is still a logsumexp, of no use to anybody
         return Attended(out.zero_(), lse.fill_(-torch.inf))
     call = _Call(query, key, value, query_pos, key_pos, bias, attention)
-    blocks = shapes.blocks(call.problem, backward=False)
-    position_biased_fwd_kernel[(call.tiles(blocks) * call.parts,)](
-        *call.inputs, out, lse, *call.sizes, *call.numbers, **call.constants, **blocks
+    blocks = shapes.blocks(call.problem)
+    programs = call.tiles(blocks) * call.parts
+    position_biased_fwd_kernel[(programs,)](
+        *call.inputs,
+        call.scratch(programs, blocks),
+        out,
+        lse,
+        *call.sizes(blocks),
+        *call.numbers,
+        **call.constants,
+        **blocks,
     )
     return Attended(out, lse)
 
@@ -113,13 +121,15 @@ def position_biased_attention_backward(
     lse = results.lse.contiguous()
     # per result: the mean gradient of its weights, and what makes these sum to 1
     rows = lse.new_empty((2, *lse.shape))
-    blocks = shapes.blocks(call.problem, backward=True)
+    blocks = shapes.blocks(call.problem)
     packed = lse.new_empty((attention.total, *query.shape[1:])) if needs.query else None
     moved = lse.new_empty((attention.total, call.parts, 2)) if needs.query_pos else None
-    position_biased_query_kernel[(call.tiles(blocks) * call.parts,)](
+    programs = call.tiles(blocks) * call.parts
+    position_biased_query_kernel[(programs,)](
         *call.inputs,
+        call.scratch(programs, blocks),
         *(out, lse, d_out, d_lse, rows, packed, moved),
-        *call.sizes,
+        *call.sizes(blocks),
         attention.total,
         *call.numbers,
         **call.constants,
@@ -167,11 +177,12 @@ def _backward_keys(
         d_bias, per_unit = d_bias.to(torch.int64), call.units(saved)
     position_biased_key_kernel[(programs,)](
         *call.inputs,
+        call.scratch(programs, blocks),
         *saved,
         per_unit,
         *parts,
         d_bias,
-        *call.sizes,
+        *call.sizes(blocks),
         rows,
         a.total,
         *call.numbers,
@@ -228,11 +239,15 @@ class _Call(NamedTuple):
         seed = a.seed if a.dropout_p > 0 else None
         return (*self[:5], self.bias.parameters, self.bias.reach, seed, a.starts, a.lengths)
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Bags, stored queries, keys of a bag, nodes along an axis of the table."""
+    def scratch(self, programs: int, blocks: dict[str, int]) -> Tensor:
+        """Where programs pass a tile between its pieces and itself."""
+        return self.query_pos.new_empty((programs, blocks["SCRATCH"]))
+
+    def sizes(self, blocks: dict[str, int]) -> tuple[int, ...]:
+        """Bags, stored queries, keys of a bag, pairs of a tile, nodes along an axis of the table."""
         nodes = 0 if self.bias.reach is None else self.bias.parameters.shape[1]
-        return self.key.shape[0], self.query.shape[0], self.key.shape[1], nodes
+        pairs = blocks["BLOCK_Q"] * blocks["BLOCK_N"]
+        return self.key.shape[0], self.query.shape[0], self.key.shape[1], pairs, nodes
 
     @property
     def _strides(self) -> tuple[tuple[int, ...], ...]:
@@ -269,7 +284,8 @@ class _Call(NamedTuple):
             "DV": self.value.shape[3],
             "WIDTH": self.bias.width,
             "DEPTH": self.bias.depth,
-            "PRECISION": shapes.precision(products_precision()),
+            "PRECISION": products_precision(),
+            "MLP_PRECISION": shapes.mlp_precision(products_precision()),
         }
 
     def unpack(self, packed: Tensor | None, stored: Tensor | None, n_parts: int) -> None:

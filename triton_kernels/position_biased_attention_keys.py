@@ -15,28 +15,36 @@ import triton.language as tl
 
 from .cross_attention_tiles import logit_gradient, rows_before, store_head
 from .position_biased_attention_mlp import (
-    add_product,
+    add_over_pairs,
     columns_of_heads,
+    columns_of_pairs,
+    evaluate_hidden,
     first_layer,
     scale_of,
+    signed_log,
     slope_before,
     slope_of_last,
     slope_of_offset,
+    slope_of_pairs,
 )
 from .position_biased_attention_table import add_to_table, slope_in_table
 from .position_biased_attention_tiles import (
     accumulate,
-    bias_of_pairs,
+    bias_of_tile,
     heads_of_rows,
     load_heads,
-    load_places,
+    load_piece,
+    load_slopes,
+    offsets_of_pairs,
     on_diagonal,
+    pass_on,
     rows_by_head,
+    store_slopes,
     weigh_pairs,
 )
 from .ragged import rows_of_slot
 
-_RUNTIME = ["n_bags", "n_queries", "n_keys", "table_size", "rows_per_slot", "total", "threshold"]
+_RUNTIME = ["n_bags", "n_queries", "n_keys", "n_pairs", "table_size", "rows_per_slot", "total", "threshold"]
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -51,6 +59,7 @@ def position_biased_key_kernel(
     seed_ptr,  # [1] in           or None
     starts_ptr,  # [B] in
     lengths_ptr,  # [B] in
+    scratch_ptr,  # [programs, SCRATCH], see position_biased_attention_tiles.py
     lse_ptr,  # [total, H] in
     d_out_ptr,  # [total, H, DV] in
     d_lse_ptr,  # [total, H] in
@@ -63,6 +72,7 @@ def position_biased_key_kernel(
     n_bags,
     n_queries,
     n_keys,
+    n_pairs,  # BLOCK_Q * BLOCK_N: loops over pieces are not to be unrolled
     table_size,
     rows_per_slot,
     total,
@@ -87,6 +97,9 @@ def position_biased_key_kernel(
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
+    MLP_PRECISION: tl.constexpr,
+    SCRATCH: tl.constexpr,
+    PIECE: tl.constexpr,  # pairs whose MLP is in registers at once
     BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -119,9 +132,9 @@ def position_biased_key_kernel(
     keys = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     ok = keys < n_keys
     keys_64 = keys.to(tl.int64)
-    to_x, to_y = load_places(
-        key_pos_ptr + (bag.to(tl.int64) * GROUPS + group) * n_keys * 2, keys_64, ok
-    )
+    key_pos_ptr += ((bag.to(tl.int64) * GROUPS + group) * n_keys + tile * BLOCK_N) * 2
+    keys_left = n_keys - tile * BLOCK_N
+    scratch_ptr += tl.program_id(0).to(tl.int64) * SCRATCH
     k = load_heads(
         key_ptr + bag.to(tl.int64) * (stride_key_bag * KEY_UNIT),
         keys_64 * (stride_key_row * KEY_UNIT), ok, head0, left,
@@ -143,10 +156,10 @@ def position_biased_key_kernel(
     moved_x = tl.zeros((BLOCK_N,), tl.float32)
     moved_y = tl.zeros((BLOCK_N,), tl.float32)
     SIDE: tl.constexpr = 1 if TABLE else WIDTH
-    # by the columns of pairs: x, y and bias of the first layer, the bias of the others
+    # by the columns of pairs: x, y and bias
     d_first = tl.zeros((SIDE, 16), tl.float32)
-    d_shift_2 = tl.zeros((SIDE, 16), tl.float32)
-    d_shift_3 = tl.zeros((SIDE, 16), tl.float32)
+    d_shift_2 = tl.zeros((SIDE,), tl.float32)
+    d_shift_3 = tl.zeros((SIDE,), tl.float32)
     d_weight_2 = tl.zeros((SIDE, SIDE), tl.float32)
     d_weight_3 = tl.zeros((SIDE, SIDE), tl.float32)
     d_last = tl.zeros((16, SIDE), tl.float32)
@@ -163,11 +176,10 @@ def position_biased_key_kernel(
             d_out_ptr, (result0 + offs_q) * (HEADS * DV), mask_q, head0, left, DV,
             BLOCK_H, DV, BLOCK_V,
         ).to(dtype)  # fmt: skip
-        from_x, from_y = load_places(query_pos_ptr, rows, mask_q)
-        pairs = mask_q[:, None] & ok[None, :]
-        off_x, off_y, x, y, columns, second, last, bias = bias_of_pairs(
-            from_x, from_y, to_x, to_y, pairs, parameters_ptr, reach_ptr, first_head,
-            table_size, PER_GROUP, WIDTH, DEPTH, BLOCK_H, dtype, PRECISION,
+        bias = bias_of_tile(
+            query_pos_ptr + 2 * (row0 + q0), key_pos_ptr, scratch_ptr, count - q0, keys_left,
+            parameters_ptr, reach_ptr, first_head, n_pairs, table_size,
+            PER_GROUP, WIDTH, DEPTH, BLOCK_H, BLOCK_Q, BLOCK_N, PIECE, dtype, MLP_PRECISION,
         )  # fmt: skip
         at = rows_by_head(result0 + offs_q, BLOCK_H) * HEADS + head0 + heads_q
         mask = rows_by_head(mask_q, BLOCK_H) & (heads_q < left)
@@ -187,54 +199,67 @@ def position_biased_key_kernel(
         if d_key_ptr is not None:
             turned = tl.trans(on_diagonal(ds, BLOCK_H))
             d_k, unit_k = accumulate(d_k, unit_k, turned, q, PRECISION)
-        if TABLE:
-            d_bias = tl.reshape(ds, (BLOCK_H, SIZE))
-            here = tl.reshape(pairs, (SIZE,))
-            if d_bias_ptr is not None:
-                add_to_table(
-                    d_bias, d_bias_ptr, per_unit_ptr, x, y, reach_ptr, first_head, table_size,
-                    here, PER_GROUP,
+        if MOVES or d_bias_ptr is not None:
+            pass_on(scratch_ptr, ds, BLOCK_H, BLOCK_Q, BLOCK_N)
+            for p0 in range(0, n_pairs, PIECE):
+                off_x, off_y, exist = offsets_of_pairs(
+                    query_pos_ptr + 2 * (row0 + q0), key_pos_ptr, count - q0, keys_left, p0,
+                    BLOCK_N, PIECE,
                 )  # fmt: skip
+                x, y = signed_log(off_x), signed_log(off_y)
+                d_bias = load_piece(scratch_ptr, p0, SIZE, BLOCK_H, PIECE)
+                if TABLE:
+                    if d_bias_ptr is not None:
+                        add_to_table(
+                            d_bias, d_bias_ptr, per_unit_ptr, x, y, reach_ptr, first_head,
+                            table_size, exist, PER_GROUP,
+                        )  # fmt: skip
+                    if MOVES:
+                        d_x, d_y = slope_in_table(
+                            d_bias, parameters_ptr, x, y, reach_ptr, first_head, table_size,
+                            exist, PER_GROUP,
+                        )  # fmt: skip
+                elif d_bias_ptr is None:
+                    d_x, d_y = slope_of_pairs(
+                        d_bias, x, y, parameters_ptr, first_head,
+                        WIDTH, DEPTH, PER_GROUP, BLOCK_H, dtype, MLP_PRECISION,
+                    )  # fmt: skip
+                else:
+                    columns = columns_of_pairs(x, y, dtype)
+                    second, last = evaluate_hidden(
+                        columns, parameters_ptr, WIDTH, DEPTH, MLP_PRECISION
+                    )
+                    size = scale_of(d_bias, dtype)
+                    d_columns = columns_of_heads(d_bias / size, dtype)
+                    d_shift += tl.sum(d_bias, 1)
+                    d_last = add_over_pairs(d_last, d_columns, last, size, MLP_PRECISION)
+                    d = slope_of_last(
+                        d_columns, last, parameters_ptr, first_head, WIDTH, DEPTH, PER_GROUP,
+                        BLOCK_H, MLP_PRECISION,
+                    )  # fmt: skip
+                    if DEPTH > 2:
+                        d_weight_3 = add_over_pairs(d_weight_3, d, second, size, MLP_PRECISION)
+                        d_shift_3 += tl.sum(d.to(tl.float32), 0) * size
+                        weight = parameters_ptr + 3 * WIDTH + LAYER
+                        d = slope_before(d, second, weight, WIDTH, MLP_PRECISION)
+                    if DEPTH > 1:
+                        first = first_layer(columns, parameters_ptr, WIDTH, MLP_PRECISION)
+                        d_weight_2 = add_over_pairs(d_weight_2, d, first, size, MLP_PRECISION)
+                        d_shift_2 += tl.sum(d.to(tl.float32), 0) * size
+                        weight = parameters_ptr + 3 * WIDTH
+                        d = slope_before(d, first, weight, WIDTH, MLP_PRECISION)
+                    d_first = add_over_pairs(d_first, d, columns, size, MLP_PRECISION)
+                    if MOVES:
+                        d_x, d_y = slope_of_offset(d, parameters_ptr, WIDTH, MLP_PRECISION)
+                        d_x, d_y = d_x * size, d_y * size
+                if MOVES:
+                    store_slopes(
+                        scratch_ptr, p0, d_x, d_y, off_x, off_y, exist, SIZE, BLOCK_H, PIECE
+                    )
             if MOVES:
-                d_x, d_y = slope_in_table(
-                    d_bias, parameters_ptr, x, y, reach_ptr, first_head, table_size,
-                    here, PER_GROUP,
-                )  # fmt: skip
-        elif MOVES or d_bias_ptr is not None:
-            d_bias = tl.reshape(ds, (BLOCK_H, SIZE))
-            size = scale_of(d_bias, dtype)
-            d_columns = columns_of_heads(d_bias / size, dtype)
-            if d_bias_ptr is not None:
-                d_shift += tl.sum(d_bias, 1)
-                d_last = add_product(d_last, tl.trans(d_columns), last, size, PRECISION)
-            d = slope_of_last(
-                d_columns, last, parameters_ptr, first_head, WIDTH, DEPTH, PER_GROUP,
-                BLOCK_H, PRECISION,
-            )  # fmt: skip
-            if DEPTH > 2:
-                if d_bias_ptr is not None:
-                    turned = tl.trans(d)
-                    d_weight_3 = add_product(d_weight_3, turned, second, size, PRECISION)
-                    d_shift_3 = add_product(d_shift_3, turned, columns, size, PRECISION)
-                weight = parameters_ptr + 3 * WIDTH + LAYER
-                d = slope_before(d, second, weight, WIDTH, PRECISION)
-            if DEPTH > 1:
-                first = first_layer(columns, parameters_ptr, WIDTH, PRECISION)
-                if d_bias_ptr is not None:
-                    turned = tl.trans(d)
-                    d_weight_2 = add_product(d_weight_2, turned, first, size, PRECISION)
-                    d_shift_2 = add_product(d_shift_2, turned, columns, size, PRECISION)
-                d = slope_before(d, first, parameters_ptr + 3 * WIDTH, WIDTH, PRECISION)
-            if d_bias_ptr is not None:
-                d_first = add_product(d_first, tl.trans(d), columns, size, PRECISION)
-            if MOVES:
-                d_x, d_y = slope_of_offset(d, parameters_ptr, WIDTH, PRECISION)
-                d_x, d_y = d_x * size, d_y * size
-        if MOVES:
-            d_x = tl.reshape(d_x, (BLOCK_Q, BLOCK_N)) / (1.0 + tl.abs(off_x))
-            d_y = tl.reshape(d_y, (BLOCK_Q, BLOCK_N)) / (1.0 + tl.abs(off_y))
-            moved_x -= tl.sum(tl.where(pairs, d_x, 0.0), 0)
-            moved_y -= tl.sum(tl.where(pairs, d_y, 0.0), 0)
+                d_x, d_y = load_slopes(scratch_ptr, BLOCK_H, BLOCK_Q, BLOCK_N)
+                moved_x -= tl.sum(d_x, 0)
+                moved_y -= tl.sum(d_y, 0)
 
     heads_n = heads_of_rows(BLOCK_H, BLOCK_N)
     at = rows_by_head(slot.to(tl.int64) * n_keys + keys, BLOCK_H) * HEADS + head0 + heads_n
@@ -270,14 +295,12 @@ def _store_parameters(
     cols = tl.arange(0, 16)[None, :]
     at = tl.where(cols == 2, 2 * WIDTH + offs[:, None], 2 * offs[:, None] + cols)
     tl.store(to + at, d_first, mask=(cols < 3) & (offs >= 0)[:, None])
-    # of the columns of pairs, that of ones
-    only, at = (cols == 2) & (offs >= 0)[:, None], offs[:, None] + 0 * cols
     if DEPTH > 1:
         tl.store(to + 3 * WIDTH + square, d_weight_2)
-        tl.store(to + 3 * WIDTH + WIDTH * WIDTH + at, d_shift_2, mask=only)
+        tl.store(to + 3 * WIDTH + WIDTH * WIDTH + offs, d_shift_2)
     if DEPTH > 2:
         tl.store(to + 3 * WIDTH + LAYER + square, d_weight_3)
-        tl.store(to + 3 * WIDTH + LAYER + WIDTH * WIDTH + at, d_shift_3, mask=only)
+        tl.store(to + 3 * WIDTH + LAYER + WIDTH * WIDTH + offs, d_shift_3)
     to += 3 * WIDTH + (DEPTH - 1) * LAYER
     rows = tl.arange(0, 16)
     inside = (rows < BLOCK_H) & (first_head + rows < PER_GROUP)

@@ -1,10 +1,10 @@
-"""The MLP of every pair of a tile, in registers: evaluated, and differentiated in all it depends on.
+"""The MLP of every pair, in registers: evaluated, and differentiated in all it depends on.
 
 Math: docs/math.md, "Attention biased by position".  The vector of parameters holds, layer by layer,
-the weight [out, in] and the bias [out]; hidden layers are WIDTH wide.  A tile of pairs is one long
-column here, [pairs, WIDTH], and every layer a product on tensor cores: the first of [pairs, 16], which
-holds both signed logs and a 1 for its bias, the last with [WIDTH, 16], a column for each head.
-Hidden layers are kept in the type of the operands; the first is formed again where it is needed.
+the weight [out, in] and the bias [out]; hidden layers are WIDTH wide.  Pairs of a tile
+are one long column here, [pairs, WIDTH], and every layer a product on tensor cores: the first of
+[pairs, 16], which holds both signed logs and a 1 for its bias, the last with [WIDTH, 16], a column
+for each head. Hidden layers are kept in the type of the operands, and the first is formed again.
 """
 
 from __future__ import annotations
@@ -180,12 +180,14 @@ def slope_of_offset(d_first, parameters_ptr, WIDTH: tl.constexpr, PRECISION: tl.
 
 
 @triton.jit
-def add_product(sums, left, right, unit, PRECISION: tl.constexpr):
-    """sums + unit * left right."""
+def add_over_pairs(sums, left, right, unit, PRECISION: tl.constexpr):
+    """sums [M, N] + left [pairs, M]^T right [pairs, N], times unit, the scale of one side."""
+    left = tl.trans(left)
     if right.dtype == tl.float16:
-        return sums + tl.dot(left, right, input_precision=PRECISION) * unit
+        sums += tl.dot(left, right, input_precision=PRECISION) * unit
     else:
-        return tl.dot(left, right, sums, input_precision=PRECISION)
+        sums = tl.dot(left, right, sums, input_precision=PRECISION)
+    return sums
 
 
 @triton.jit
@@ -196,3 +198,35 @@ def scale_of(d_bias, dtype: tl.constexpr):
         largest = tl.max(tl.max(tl.abs(d_bias), 1), 0)
         unit = tl.exp2(tl.floor(tl.log2(tl.where(largest > 1e-30, largest, 1.0))))
     return unit
+
+
+@triton.jit
+def slope_of_pairs(
+    d_bias,  # [BLOCK_H, pairs]
+    x,  # [pairs] signed logs
+    y,
+    parameters_ptr,
+    head0,
+    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    dtype: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """[pairs] the gradients of both signed logs, with the MLP evaluated again."""
+    columns = columns_of_pairs(x, y, dtype)
+    second, last = evaluate_hidden(columns, parameters_ptr, WIDTH, DEPTH, PRECISION)
+    size = scale_of(d_bias, dtype)
+    d = slope_of_last(
+        columns_of_heads(d_bias / size, dtype), last, parameters_ptr, head0,
+        WIDTH, DEPTH, PER_GROUP, BLOCK_H, PRECISION,
+    )  # fmt: skip
+    if DEPTH > 2:
+        weight = parameters_ptr + 4 * WIDTH + WIDTH * WIDTH
+        d = slope_before(d, second, weight, WIDTH, PRECISION)
+    if DEPTH > 1:
+        first = first_layer(columns, parameters_ptr, WIDTH, PRECISION)
+        d = slope_before(d, first, parameters_ptr + 3 * WIDTH, WIDTH, PRECISION)
+    d_x, d_y = slope_of_offset(d, parameters_ptr, WIDTH, PRECISION)
+    return d_x * size, d_y * size

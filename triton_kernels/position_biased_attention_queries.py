@@ -4,8 +4,8 @@ Contract: survfuse/ops/position_biased_attention.py.
 Oracle: survfuse/reference/position_biased_attention.py.
 Math: docs/math.md, "Attention biased by position".
 Layout: one program per (tile of a bag's queries, group, block of the group's heads), which walks all
-keys of the bag. The MLP of a tile of pairs is evaluated once for the heads of the block and lives in
-registers; in the backward it is evaluated again.
+keys of the bag. The MLP of a pair is evaluated once for the heads of the block, and once more where
+it is differentiated.
 """
 
 from __future__ import annotations
@@ -20,29 +20,26 @@ from .cross_attention_tiles import (
     store_head,
     whole_rows,
 )
-from .position_biased_attention_mlp import (
-    columns_of_heads,
-    first_layer,
-    scale_of,
-    slope_before,
-    slope_of_last,
-    slope_of_offset,
-)
+from .position_biased_attention_mlp import signed_log, slope_of_pairs
 from .position_biased_attention_table import slope_in_table
 from .position_biased_attention_tiles import (
     accumulate,
-    bias_of_pairs,
+    bias_of_tile,
     heads_of_rows,
     load_heads,
-    load_places,
+    load_piece,
+    load_slopes,
     of_own_head,
+    offsets_of_pairs,
     on_diagonal,
+    pass_on,
     rows_by_head,
+    store_slopes,
     weigh_pairs,
 )
 from .ragged import keep_mask, rows_of_slot
 
-_RUNTIME = ["n_bags", "n_queries", "n_keys", "table_size", "threshold"]
+_RUNTIME = ["n_bags", "n_queries", "n_keys", "n_pairs", "table_size", "threshold"]
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -57,11 +54,13 @@ def position_biased_fwd_kernel(
     seed_ptr,  # [1] in           or None: no dropout
     starts_ptr,  # [B] in
     lengths_ptr,  # [B] in
+    scratch_ptr,  # [programs, SCRATCH], see position_biased_attention_tiles.py
     out_ptr,  # [total, H, DV] out
     lse_ptr,  # [total, H] out
     n_bags,
     n_queries,
     n_keys,
+    n_pairs,  # BLOCK_Q * BLOCK_N: loops over pieces are not to be unrolled
     table_size,
     threshold,
     scale,
@@ -84,6 +83,9 @@ def position_biased_fwd_kernel(
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
+    MLP_PRECISION: tl.constexpr,
+    SCRATCH: tl.constexpr,
+    PIECE: tl.constexpr,  # pairs whose MLP is in registers at once
     BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -112,7 +114,8 @@ def position_biased_fwd_kernel(
         query_ptr, rows * (stride_query_row * QUERY_UNIT), mask_q, head0, left,
         stride_query_head * QUERY_UNIT, BLOCK_H, D, BLOCK_D,
     )  # fmt: skip
-    from_x, from_y = load_places(query_pos_ptr, rows, mask_q)
+    query_pos_ptr += 2 * row0
+    scratch_ptr += tl.program_id(0).to(tl.int64) * SCRATCH
     key_ptr += bag.to(tl.int64) * (stride_key_bag * KEY_UNIT)
     value_ptr += bag.to(tl.int64) * (stride_value_bag * VALUE_UNIT)
     key_pos_ptr += (bag.to(tl.int64) * GROUPS + group) * n_keys * 2
@@ -126,11 +129,10 @@ def position_biased_fwd_kernel(
         keys = n0 + tl.arange(0, BLOCK_N)
         ok = keys < n_keys
         keys_64 = keys.to(tl.int64)
-        to_x, to_y = load_places(key_pos_ptr, keys_64, ok)
-        _x, _y, _u, _v, _columns, _second, _last, bias = bias_of_pairs(
-            from_x, from_y, to_x, to_y, mask_q[:, None] & ok[None, :],
-            parameters_ptr, reach_ptr, first_head, table_size,
-            PER_GROUP, WIDTH, DEPTH, BLOCK_H, dtype, PRECISION,
+        bias = bias_of_tile(
+            query_pos_ptr, key_pos_ptr + 2 * n0, scratch_ptr, count, n_keys - n0,
+            parameters_ptr, reach_ptr, first_head, n_pairs, table_size,
+            PER_GROUP, WIDTH, DEPTH, BLOCK_H, BLOCK_Q, BLOCK_N, PIECE, dtype, MLP_PRECISION,
         )  # fmt: skip
         k = load_heads(
             key_ptr, keys_64 * (stride_key_row * KEY_UNIT), ok, head0, left,
@@ -176,6 +178,7 @@ def position_biased_query_kernel(
     seed_ptr,  # [1] in           or None
     starts_ptr,  # [B] in
     lengths_ptr,  # [B] in
+    scratch_ptr,  # [programs, SCRATCH], see position_biased_attention_tiles.py
     out_ptr,  # [total, H, DV] in
     lse_ptr,  # [total, H] in
     d_out_ptr,  # [total, H, DV] in
@@ -186,6 +189,7 @@ def position_biased_query_kernel(
     n_bags,
     n_queries,
     n_keys,
+    n_pairs,  # BLOCK_Q * BLOCK_N: loops over pieces are not to be unrolled
     table_size,
     total,
     threshold,
@@ -209,6 +213,9 @@ def position_biased_query_kernel(
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
+    MLP_PRECISION: tl.constexpr,
+    SCRATCH: tl.constexpr,
+    PIECE: tl.constexpr,  # pairs whose MLP is in registers at once
     BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -238,7 +245,8 @@ def position_biased_query_kernel(
         query_ptr, rows * (stride_query_row * QUERY_UNIT), mask_q, head0, left,
         stride_query_head * QUERY_UNIT, BLOCK_H, D, BLOCK_D,
     )  # fmt: skip
-    from_x, from_y = load_places(query_pos_ptr, rows, mask_q)
+    query_pos_ptr += 2 * row0
+    scratch_ptr += tl.program_id(0).to(tl.int64) * SCRATCH
     key_ptr += bag.to(tl.int64) * (stride_key_bag * KEY_UNIT)
     value_ptr += bag.to(tl.int64) * (stride_value_bag * VALUE_UNIT)
     key_pos_ptr += (bag.to(tl.int64) * GROUPS + group) * n_keys * 2
@@ -268,11 +276,10 @@ def position_biased_query_kernel(
         keys = n0 + tl.arange(0, BLOCK_N)
         ok = keys < n_keys
         keys_64 = keys.to(tl.int64)
-        to_x, to_y = load_places(key_pos_ptr, keys_64, ok)
-        pairs = mask_q[:, None] & ok[None, :]
-        off_x, off_y, x, y, columns, second, last, bias = bias_of_pairs(
-            from_x, from_y, to_x, to_y, pairs, parameters_ptr, reach_ptr, first_head,
-            table_size, PER_GROUP, WIDTH, DEPTH, BLOCK_H, dtype, PRECISION,
+        bias = bias_of_tile(
+            query_pos_ptr, key_pos_ptr + 2 * n0, scratch_ptr, count, n_keys - n0,
+            parameters_ptr, reach_ptr, first_head, n_pairs, table_size,
+            PER_GROUP, WIDTH, DEPTH, BLOCK_H, BLOCK_Q, BLOCK_N, PIECE, dtype, MLP_PRECISION,
         )  # fmt: skip
         k = load_heads(
             key_ptr, keys_64 * (stride_key_row * KEY_UNIT), ok, head0, left,
@@ -293,31 +300,27 @@ def position_biased_query_kernel(
         if d_query_ptr is not None:
             acc, unit = accumulate(acc, unit, on_diagonal(ds, BLOCK_H), k, PRECISION)
         if d_query_pos_ptr is not None:
-            d_bias = tl.reshape(ds, (BLOCK_H, SIZE))
-            if reach_ptr is not None:
-                d_x, d_y = slope_in_table(
-                    d_bias, parameters_ptr, x, y, reach_ptr, first_head, table_size,
-                    tl.reshape(pairs, (SIZE,)), PER_GROUP,
-                )  # fmt: skip
-            else:
-                size = scale_of(d_bias, dtype)
-                d_columns = columns_of_heads(d_bias / size, dtype)
-                d = slope_of_last(
-                    d_columns, last, parameters_ptr, first_head, WIDTH, DEPTH, PER_GROUP,
-                    BLOCK_H, PRECISION,
-                )  # fmt: skip
-                if DEPTH > 2:
-                    weight = parameters_ptr + 4 * WIDTH + WIDTH * WIDTH
-                    d = slope_before(d, second, weight, WIDTH, PRECISION)
-                if DEPTH > 1:
-                    first = first_layer(columns, parameters_ptr, WIDTH, PRECISION)
-                    d = slope_before(d, first, parameters_ptr + 3 * WIDTH, WIDTH, PRECISION)
-                d_x, d_y = slope_of_offset(d, parameters_ptr, WIDTH, PRECISION)
-                d_x, d_y = d_x * size, d_y * size
-            d_x = tl.reshape(d_x, (BLOCK_Q, BLOCK_N)) / (1.0 + tl.abs(off_x))
-            d_y = tl.reshape(d_y, (BLOCK_Q, BLOCK_N)) / (1.0 + tl.abs(off_y))
-            moved_x += tl.sum(tl.where(pairs, d_x, 0.0), 1)
-            moved_y += tl.sum(tl.where(pairs, d_y, 0.0), 1)
+            pass_on(scratch_ptr, ds, BLOCK_H, BLOCK_Q, BLOCK_N)
+            for p0 in range(0, n_pairs, PIECE):
+                off_x, off_y, exist = offsets_of_pairs(
+                    query_pos_ptr, key_pos_ptr + 2 * n0, count, n_keys - n0, p0, BLOCK_N, PIECE
+                )
+                x, y = signed_log(off_x), signed_log(off_y)
+                d_bias = load_piece(scratch_ptr, p0, SIZE, BLOCK_H, PIECE)
+                if reach_ptr is not None:
+                    d_x, d_y = slope_in_table(
+                        d_bias, parameters_ptr, x, y, reach_ptr, first_head, table_size, exist,
+                        PER_GROUP,
+                    )  # fmt: skip
+                else:
+                    d_x, d_y = slope_of_pairs(
+                        d_bias, x, y, parameters_ptr, first_head,
+                        WIDTH, DEPTH, PER_GROUP, BLOCK_H, dtype, MLP_PRECISION,
+                    )  # fmt: skip
+                store_slopes(scratch_ptr, p0, d_x, d_y, off_x, off_y, exist, SIZE, BLOCK_H, PIECE)
+            d_x, d_y = load_slopes(scratch_ptr, BLOCK_H, BLOCK_Q, BLOCK_N)
+            moved_x += tl.sum(d_x, 1)
+            moved_y += tl.sum(d_y, 1)
     tl.store(rows_ptr + at, mean, mask=mask)
     tl.store(rows_ptr + total.to(tl.int64) * HEADS + at, share, mask=mask)
     if d_query_ptr is not None:

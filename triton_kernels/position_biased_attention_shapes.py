@@ -9,9 +9,6 @@ import triton
 
 from .pool_bag_shapes import Limits
 
-# programs that share the heads of a group evaluate its MLP once each
-MAX_HEADS = 4
-
 
 class Problem(NamedTuple):
     """What blocks depend on."""
@@ -29,21 +26,28 @@ class Problem(NamedTuple):
 
     @property
     def block_h(self) -> int:
-        return min(MAX_HEADS, triton.next_power_of_2(self.per_group))
+        """Heads of a group that share a program, and an evaluation of their MLP."""
+        most = 1 if not self.half else 2 if max(self.head_dim, self.value_dim) > 64 else 4
+        return min(most, triton.next_power_of_2(self.per_group))
 
 
-def blocks(problem: Problem, *, backward: bool) -> dict[str, int]:
-    """Of the kernels by queries and of that by keys."""
+def blocks(problem: Problem) -> dict[str, int]:
+    """Of every kernel that walks tiles of pairs."""
     block_h = problem.block_h
-    # a tile of pairs times the MLP's width lies in registers, several times in the backward
-    pairs = 512 if problem.width == 0 and block_h < 4 else 256
+    block_q, block_n = 16, 32 if problem.width == 0 and block_h < 4 else 16
+    # pieces of few pairs spread a product's columns over more warps, each with less to hold
+    piece = 2048 // problem.width if problem.width else block_q * block_n
+    piece = min(piece, 128) if problem.half else min(piece, 32)
     return {
-        "BLOCK_Q": 16,
-        "BLOCK_N": pairs // 16,
+        # a number per pair and head, and its slopes along x and y
+        "SCRATCH": (block_h + 2) * block_q * block_n,
+        "PIECE": piece,
+        "BLOCK_Q": block_q,
+        "BLOCK_N": block_n,
         "BLOCK_H": block_h,
         "BLOCK_D": max(16, triton.next_power_of_2(problem.head_dim)),
         "BLOCK_V": max(16, triton.next_power_of_2(problem.value_dim)),
-        "num_warps": 8 if problem.width > 16 or block_h > 2 else 4,
+        "num_warps": 8,
         "num_stages": 1,
     }
 
@@ -72,9 +76,10 @@ def rows_per_slot(
     return -(-rows // block_q) * block_q
 
 
-def precision(asked: str) -> str:
-    """How products are formed: fp32 ones, asked for exactly, in three of TF32 where there are such.
+def mlp_precision(asked: str) -> str:
+    """How the MLP's products are formed: fp32 ones, asked for exactly, in three of TF32 where there
+    are such.
 
-    On scalar units a thread would hold all of a product's operands.
+    Exact ones run on scalar units, where a thread would hold all of their operands.
     """
     return "tf32x3" if asked == "ieee" and torch.version.hip is None else asked

@@ -1,7 +1,11 @@
-"""What the kernels of `position_biased_attention` share: a tile of pairs, all heads of a block side by side.
+"""What the kernels of `position_biased_attention` share: a tile of pairs for a block of heads.
 
-Rows of a tile are (head, query), columns keys; features of keys are (head, key), so that products of
-a block of heads are one product of which the blocks on the diagonal count.
+Rows of a tile are (head, query), columns keys; features of keys are (head, key), so that products
+of a block of heads are one product, of which the blocks on the diagonal count.
+
+The MLP of a tile is evaluated in pieces: its hidden layers take WIDTH numbers of registers per pair,
+where a tile takes one. Pieces and tiles meet in a scratch of a few KB per program, which stays in
+the nearest cache.
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cross_attention_tiles import softmax_tile
+from .cross_attention_tiles import inner, softmax_tile
 from .position_biased_attention_mlp import (
     columns_of_pairs,
     evaluate_hidden,
@@ -45,8 +49,8 @@ def load_heads(
 
 @triton.jit
 def of_own_head(x, y, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr):
-    """[BLOCK_H * M, N]: rows of x [BLOCK_H * M, D] times those of y [BLOCK_H * N, D] of their head."""
-    full = tl.dot(x, tl.trans(y), input_precision=PRECISION)
+    """[BLOCK_H * M, N]: rows of x [BLOCK_H * M, D] times those of y of their own head."""
+    full = inner(x, y, PRECISION)
     if BLOCK_H > 1:
         M: tl.constexpr = x.shape[0] // BLOCK_H
         N: tl.constexpr = y.shape[0] // BLOCK_H
@@ -85,51 +89,111 @@ def accumulate(acc, unit, left, right, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def load_places(positions_ptr, rows, mask):
-    """[N] x and y; 0 where masked."""
-    x = tl.load(positions_ptr + 2 * rows, mask=mask, other=0.0)
-    return x, tl.load(positions_ptr + 2 * rows + 1, mask=mask, other=0.0)
+def offsets_of_pairs(
+    query_pos_ptr,  # of the tile's first query on
+    key_pos_ptr,  # of the tile's first key on
+    n_queries,  # left from there
+    n_keys,
+    p0,
+    BLOCK_N: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """Of PIECE pairs of a tile from the p0-th on: offsets along x and y, and which pairs exist."""
+    pairs = p0 + tl.arange(0, PIECE)
+    query, key = pairs // BLOCK_N, pairs % BLOCK_N
+    exist = (query < n_queries) & (key < n_keys)
+    off_x = tl.load(query_pos_ptr + 2 * query, mask=exist, other=0.0)
+    off_x -= tl.load(key_pos_ptr + 2 * key, mask=exist, other=0.0)
+    off_y = tl.load(query_pos_ptr + 2 * query + 1, mask=exist, other=0.0)
+    off_y -= tl.load(key_pos_ptr + 2 * key + 1, mask=exist, other=0.0)
+    return off_x, off_y, exist
 
 
 @triton.jit
-def bias_of_pairs(
-    from_x,  # [M] places of queries
-    from_y,
-    to_x,  # [N] places of keys
-    to_y,
-    pairs,  # [M, N] that exist
+def bias_of_tile(
+    query_pos_ptr,  # of the tile's first query on
+    key_pos_ptr,  # of the tile's first key on
+    scratch_ptr,  # [BLOCK_H, BLOCK_Q * BLOCK_N], this program's own
+    n_queries,  # left from there
+    n_keys,
     parameters_ptr,
     reach_ptr,
     head0,  # in the group
+    n_pairs,  # BLOCK_Q * BLOCK_N
     table_size,
     PER_GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PIECE: tl.constexpr,
     dtype: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Offsets [M, N], signed logs [M * N], them as columns, two hidden layers, and the bias
-    [BLOCK_H * M, N]."""
-    SIZE: tl.constexpr = pairs.shape[0] * pairs.shape[1]
-    off_x = from_x[:, None] - to_x[None, :]
-    off_y = from_y[:, None] - to_y[None, :]
-    x = tl.reshape(signed_log(off_x), (SIZE,))
-    y = tl.reshape(signed_log(off_y), (SIZE,))
-    if reach_ptr is not None:
-        columns, second, last = x, x, x
-        mask = tl.reshape(pairs, (SIZE,))
-        bias = interpolate(
-            parameters_ptr, x, y, reach_ptr, head0, table_size, mask, PER_GROUP, BLOCK_H
+    """The bias [BLOCK_H * BLOCK_Q, BLOCK_N] of a tile, piece of its pairs by piece."""
+    heads = tl.arange(0, BLOCK_H)[:, None]
+    # what the tile before left here has been read by all threads
+    tl.debug_barrier()
+    for p0 in range(0, n_pairs, PIECE):
+        off_x, off_y, exist = offsets_of_pairs(
+            query_pos_ptr, key_pos_ptr, n_queries, n_keys, p0, BLOCK_N, PIECE
         )
-    else:
-        columns = columns_of_pairs(x, y, dtype)
-        second, last = evaluate_hidden(columns, parameters_ptr, WIDTH, DEPTH, PRECISION)
-        bias = evaluate_last(
-            last, parameters_ptr, head0, WIDTH, DEPTH, PER_GROUP, BLOCK_H, PRECISION
-        )
-    bias = tl.reshape(bias, (BLOCK_H * pairs.shape[0], pairs.shape[1]))
-    return off_x, off_y, x, y, columns, second, last, bias
+        x, y = signed_log(off_x), signed_log(off_y)
+        if reach_ptr is not None:
+            bias = interpolate(
+                parameters_ptr, x, y, reach_ptr, head0, table_size, exist, PER_GROUP, BLOCK_H
+            )
+        else:
+            columns = columns_of_pairs(x, y, dtype)
+            _second, last = evaluate_hidden(columns, parameters_ptr, WIDTH, DEPTH, PRECISION)
+            bias = evaluate_last(
+                last, parameters_ptr, head0, WIDTH, DEPTH, PER_GROUP, BLOCK_H, PRECISION
+            )
+        at = heads * (BLOCK_Q * BLOCK_N) + (p0 + tl.arange(0, PIECE))[None, :]
+        tl.store(scratch_ptr + at, bias)
+    tl.debug_barrier()
+    return tl.load(scratch_ptr + tile_offsets(BLOCK_H * BLOCK_Q, BLOCK_N))
+
+
+@triton.jit
+def tile_offsets(M: tl.constexpr, N: tl.constexpr):
+    """[M, N] row by row."""
+    return tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :]
+
+
+@triton.jit
+def pass_on(scratch_ptr, ds, BLOCK_H: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Leave the gradient of a tile's logits where differentiate_pairs reads it."""
+    tl.debug_barrier()
+    tl.store(scratch_ptr + tile_offsets(BLOCK_H * BLOCK_Q, BLOCK_N), ds)
+    tl.debug_barrier()
+
+
+@triton.jit
+def load_slopes(scratch_ptr, BLOCK_H: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr):
+    """[BLOCK_Q, BLOCK_N] gradients of the offsets along x and y."""
+    tl.debug_barrier()
+    at = scratch_ptr + BLOCK_H * BLOCK_Q * BLOCK_N + tile_offsets(BLOCK_Q, BLOCK_N)
+    return tl.load(at), tl.load(at + BLOCK_Q * BLOCK_N)
+
+
+@triton.jit
+def load_piece(scratch_ptr, p0, SIZE: tl.constexpr, BLOCK_H: tl.constexpr, PIECE: tl.constexpr):
+    """[BLOCK_H, PIECE] the gradient of the bias that pass_on left."""
+    heads = tl.arange(0, BLOCK_H)[:, None]
+    return tl.load(scratch_ptr + heads * SIZE + (p0 + tl.arange(0, PIECE))[None, :])
+
+
+@triton.jit
+def store_slopes(
+    scratch_ptr, p0, d_x, d_y, off_x, off_y, exist,
+    SIZE: tl.constexpr, BLOCK_H: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """Leave the gradients of the offsets of a piece for load_slopes."""
+    at = scratch_ptr + BLOCK_H * SIZE + p0 + tl.arange(0, PIECE)
+    tl.store(at, tl.where(exist, d_x / (1.0 + tl.abs(off_x)), 0.0))
+    tl.store(at + SIZE, tl.where(exist, d_y / (1.0 + tl.abs(off_y)), 0.0))
 
 
 @triton.jit
