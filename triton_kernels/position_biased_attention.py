@@ -125,16 +125,17 @@ def position_biased_attention_backward(
     packed = lse.new_empty((attention.total, *query.shape[1:])) if needs.query else None
     moved = lse.new_empty((attention.total, call.parts, 2)) if needs.query_pos else None
     programs = call.tiles(blocks) * call.parts
-    position_biased_query_kernel[(programs,)](
-        *call.inputs,
-        call.scratch(programs, blocks),
-        *(out, lse, d_out, d_lse, rows, packed, moved),
-        *call.sizes(blocks),
-        attention.total,
-        *call.numbers,
-        **call.constants,
-        **blocks,
-    )
+    for targets in call.passes((packed, moved), 1):
+        position_biased_query_kernel[(programs,)](
+            *call.inputs,
+            call.scratch(programs, blocks),
+            *(out, lse, d_out, d_lse, rows, *targets),
+            *call.sizes(blocks),
+            attention.total,
+            *call.numbers,
+            **call.constants,
+            **blocks,
+        )
     call.unpack(packed, gradients.query, 1)
     call.unpack(moved, gradients.query_pos, call.parts)
     if needs.key or needs.value or needs.key_pos or needs.bias:
@@ -175,20 +176,20 @@ def _backward_keys(
         d_bias = lse.new_zeros((programs, d_bias.numel()))
     elif d_bias is not None and torch.are_deterministic_algorithms_enabled():
         d_bias, per_unit = d_bias.to(torch.int64), call.units(saved)
-    position_biased_key_kernel[(programs,)](
-        *call.inputs,
-        call.scratch(programs, blocks),
-        *saved,
-        per_unit,
-        *parts,
-        d_bias,
-        *call.sizes(blocks),
-        rows,
-        a.total,
-        *call.numbers,
-        **call.constants,
-        **blocks,
-    )
+    for chosen in call.passes((*parts, d_bias), 2):
+        position_biased_key_kernel[(programs,)](
+            *call.inputs,
+            call.scratch(programs, blocks),
+            *saved,
+            per_unit,
+            *chosen,
+            *call.sizes(blocks),
+            rows,
+            a.total,
+            *call.numbers,
+            **call.constants,
+            **blocks,
+        )
     split = (1, 1, call.parts // call.key_pos.shape[1])
     for part, target, n_parts in zip(parts, targets, split, strict=True):
         call.add_slots(part, target, rows, n_parts)
@@ -238,6 +239,18 @@ class _Call(NamedTuple):
         a = self.attention
         seed = a.seed if a.dropout_p > 0 else None
         return (*self[:5], self.bias.parameters, self.bias.reach, seed, a.starts, a.lengths)
+
+    def passes(self, targets: tuple[Tensor | None, ...], n_features: int) -> list[tuple]:
+        """What each launch of a kernel writes: all, or the gradients of features and then the rest.
+
+        Together they would not stay in registers beside a wide MLP, or in fp32.
+        """
+        if not self.problem.tight:
+            return [targets]
+        features = (*targets[:n_features], *(None for _ in targets[n_features:]))
+        others = (*(None for _ in targets[:n_features]), *targets[n_features:])
+        found = [chosen for chosen in (features, others) if any(t is not None for t in chosen)]
+        return found or [targets]
 
     def scratch(self, programs: int, blocks: dict[str, int]) -> Tensor:
         """Where programs pass a tile between its pieces and itself."""

@@ -16,8 +16,8 @@ import triton.language as tl
 from .cross_attention_tiles import logit_gradient, rows_before, store_head
 from .position_biased_attention_mlp import (
     add_over_pairs,
-    columns_of_heads,
-    columns_of_pairs,
+    rows_of_heads,
+    rows_of_pairs,
     evaluate_hidden,
     first_layer,
     scale_of,
@@ -44,7 +44,16 @@ from .position_biased_attention_tiles import (
 )
 from .ragged import rows_of_slot
 
-_RUNTIME = ["n_bags", "n_queries", "n_keys", "n_pairs", "table_size", "rows_per_slot", "total", "threshold"]
+_RUNTIME = [
+    "n_bags",
+    "n_queries",
+    "n_keys",
+    "n_pairs",
+    "table_size",
+    "rows_per_slot",
+    "total",
+    "threshold",
+]
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -225,30 +234,30 @@ def position_biased_key_kernel(
                         WIDTH, DEPTH, PER_GROUP, BLOCK_H, dtype, MLP_PRECISION,
                     )  # fmt: skip
                 else:
-                    columns = columns_of_pairs(x, y, dtype)
+                    inputs = rows_of_pairs(x, y, dtype)
                     second, last = evaluate_hidden(
-                        columns, parameters_ptr, WIDTH, DEPTH, MLP_PRECISION
+                        inputs, parameters_ptr, WIDTH, DEPTH, MLP_PRECISION
                     )
                     size = scale_of(d_bias, dtype)
-                    d_columns = columns_of_heads(d_bias / size, dtype)
+                    d_rows = rows_of_heads(d_bias / size, dtype)
                     d_shift += tl.sum(d_bias, 1)
-                    d_last = add_over_pairs(d_last, d_columns, last, size, MLP_PRECISION)
+                    d_last = add_over_pairs(d_last, d_rows, last, size, MLP_PRECISION)
                     d = slope_of_last(
-                        d_columns, last, parameters_ptr, first_head, WIDTH, DEPTH, PER_GROUP,
+                        d_rows, last, parameters_ptr, first_head, WIDTH, DEPTH, PER_GROUP,
                         BLOCK_H, MLP_PRECISION,
                     )  # fmt: skip
                     if DEPTH > 2:
                         d_weight_3 = add_over_pairs(d_weight_3, d, second, size, MLP_PRECISION)
-                        d_shift_3 += tl.sum(d.to(tl.float32), 0) * size
+                        d_shift_3 += tl.sum(d.to(tl.float32), 1) * size
                         weight = parameters_ptr + 3 * WIDTH + LAYER
                         d = slope_before(d, second, weight, WIDTH, MLP_PRECISION)
                     if DEPTH > 1:
-                        first = first_layer(columns, parameters_ptr, WIDTH, MLP_PRECISION)
+                        first = first_layer(inputs, parameters_ptr, WIDTH, MLP_PRECISION)
                         d_weight_2 = add_over_pairs(d_weight_2, d, first, size, MLP_PRECISION)
-                        d_shift_2 += tl.sum(d.to(tl.float32), 0) * size
+                        d_shift_2 += tl.sum(d.to(tl.float32), 1) * size
                         weight = parameters_ptr + 3 * WIDTH
                         d = slope_before(d, first, weight, WIDTH, MLP_PRECISION)
-                    d_first = add_over_pairs(d_first, d, columns, size, MLP_PRECISION)
+                    d_first = add_over_pairs(d_first, d, inputs, size, MLP_PRECISION)
                     if MOVES:
                         d_x, d_y = slope_of_offset(d, parameters_ptr, WIDTH, MLP_PRECISION)
                         d_x, d_y = d_x * size, d_y * size

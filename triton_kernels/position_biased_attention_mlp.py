@@ -1,10 +1,10 @@
 """The MLP of every pair, in registers: evaluated, and differentiated in all it depends on.
 
 Math: docs/math.md, "Attention biased by position".  The vector of parameters holds, layer by layer,
-the weight [out, in] and the bias [out]; hidden layers are WIDTH wide.  Pairs of a tile
-are one long column here, [pairs, WIDTH], and every layer a product on tensor cores: the first of
-[pairs, 16], which holds both signed logs and a 1 for its bias, the last with [WIDTH, 16], a column
-for each head. Hidden layers are kept in the type of the operands, and the first is formed again.
+the weight [out, in] and the bias [out]; hidden layers are WIDTH wide.  Pairs are columns here, so
+that warps share the rows of a weight, and every layer is a product on tensor cores: the first of
+[16, pairs], which holds both signed logs and a 1 for its bias, the last of 16 rows, one for each head.
+Hidden layers are kept in the type of the operands, and the first is formed again.
 """
 
 from __future__ import annotations
@@ -32,53 +32,53 @@ def _relu(x):
 
 
 @triton.jit
-def columns_of_pairs(x, y, dtype: tl.constexpr):
-    """[pairs, 16]: signed logs, 1, zeros."""
-    cols = tl.arange(0, 16)[None, :]
-    rest = tl.where(cols == 2, 1.0, 0.0)
-    return tl.where(cols == 0, x[:, None], tl.where(cols == 1, y[:, None], rest)).to(dtype)
+def rows_of_pairs(x, y, dtype: tl.constexpr):
+    """[16, pairs]: signed logs, 1, zeros."""
+    rows = tl.arange(0, 16)[:, None]
+    rest = tl.where(rows == 2, 1.0, 0.0)
+    return tl.where(rows == 0, x[None, :], tl.where(rows == 1, y[None, :], rest)).to(dtype)
 
 
 @triton.jit
 def _weight_of_first(parameters_ptr, WIDTH: tl.constexpr, dtype: tl.constexpr):
-    """[16, WIDTH]: by x, by y, bias, zeros."""
-    rows, cols = tl.arange(0, 16)[:, None], tl.arange(0, WIDTH)[None, :]
-    at = tl.where(rows == 2, 2 * WIDTH + cols, 2 * cols + rows)
-    return tl.load(parameters_ptr + at, mask=(rows < 3) & (cols >= 0), other=0.0).to(dtype)
+    """[WIDTH, 16]: by x, by y, bias, zeros."""
+    rows, cols = tl.arange(0, WIDTH)[:, None], tl.arange(0, 16)[None, :]
+    at = tl.where(cols == 2, 2 * WIDTH + rows, 2 * rows + cols)
+    return tl.load(parameters_ptr + at, mask=(cols < 3) & (rows >= 0), other=0.0).to(dtype)
 
 
 @triton.jit
 def first_layer(
-    columns,  # [pairs, 16]
+    inputs,  # [16, pairs]
     parameters_ptr,
     WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """[pairs, WIDTH] behind its ReLU."""
-    weight = _weight_of_first(parameters_ptr, WIDTH, columns.dtype)
-    return _relu(tl.dot(columns, weight, input_precision=PRECISION)).to(columns.dtype)
+    """[WIDTH, pairs] behind its ReLU."""
+    weight = _weight_of_first(parameters_ptr, WIDTH, inputs.dtype)
+    return _relu(tl.dot(weight, inputs, input_precision=PRECISION)).to(inputs.dtype)
 
 
 @triton.jit
 def _next_layer(given, weight_ptr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
-    """relu(weight given + bias) [pairs, WIDTH]."""
+    """relu(weight given + bias) [WIDTH, pairs]."""
     offs = tl.arange(0, WIDTH)
-    weight = tl.load(weight_ptr + offs[None, :] * WIDTH + offs[:, None]).to(given.dtype)
+    weight = tl.load(weight_ptr + offs[:, None] * WIDTH + offs[None, :]).to(given.dtype)
     shift = tl.load(weight_ptr + WIDTH * WIDTH + offs)
-    product = tl.dot(given, weight, input_precision=PRECISION)
-    return _relu(product + shift[None, :]).to(given.dtype)
+    product = tl.dot(weight, given, input_precision=PRECISION)
+    return _relu(product + shift[:, None]).to(given.dtype)
 
 
 @triton.jit
 def evaluate_hidden(
-    columns,  # [pairs, 16]
+    inputs,  # [16, pairs]
     parameters_ptr,
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The second hidden layer, of three, and the last."""
-    last = first_layer(columns, parameters_ptr, WIDTH, PRECISION)
+    last = first_layer(inputs, parameters_ptr, WIDTH, PRECISION)
     if DEPTH > 1:
         last = _next_layer(last, parameters_ptr + 3 * WIDTH, WIDTH, PRECISION)
     second = last
@@ -103,7 +103,7 @@ def _weight_of_last(
 
 @triton.jit
 def evaluate_last(
-    last,  # [pairs, WIDTH]
+    last,  # [WIDTH, pairs]
     parameters_ptr,
     head0,
     WIDTH: tl.constexpr,
@@ -115,30 +115,30 @@ def evaluate_last(
     """[BLOCK_H, pairs] the bias of a block of heads from the last hidden layer."""
     SHIFT: tl.constexpr = 3 * WIDTH + (DEPTH - 1) * (WIDTH * WIDTH + WIDTH) + PER_GROUP * WIDTH
     weight = _weight_of_last(parameters_ptr, head0, WIDTH, DEPTH, PER_GROUP, BLOCK_H, last.dtype)
-    columns = tl.dot(last, tl.trans(weight), input_precision=PRECISION)
-    cols, heads = tl.arange(0, 16), tl.arange(0, BLOCK_H)
-    bias = tl.zeros((BLOCK_H, last.shape[0]), tl.float32)
+    full = tl.dot(weight, last, input_precision=PRECISION)
+    rows, heads = tl.arange(0, 16), tl.arange(0, BLOCK_H)
+    bias = tl.zeros((BLOCK_H, last.shape[1]), tl.float32)
     for o in tl.static_range(BLOCK_H):
         shift = tl.load(parameters_ptr + SHIFT + head0 + o, mask=head0 + o < PER_GROUP, other=0.0)
-        one = tl.sum(tl.where((cols == o)[None, :], columns, 0.0), 1) + shift
-        bias = one[None, :] if BLOCK_H == 1 else tl.where((heads == o)[:, None], one[None, :], bias)
+        one = tl.sum(tl.where((rows == o)[:, None], full, 0.0), 0) + shift
+        bias = tl.where((heads == o)[:, None], one[None, :], bias)
     return bias
 
 
 @triton.jit
-def columns_of_heads(d_bias, dtype: tl.constexpr):
-    """[pairs, 16] from [BLOCK_H, pairs]: a column for each head, zeros."""
-    cols, heads = tl.arange(0, 16), tl.arange(0, d_bias.shape[0])
-    columns = tl.zeros((d_bias.shape[1], 16), tl.float32)
+def rows_of_heads(d_bias, dtype: tl.constexpr):
+    """[16, pairs] from [BLOCK_H, pairs]: zeros behind the heads."""
+    rows, heads = tl.arange(0, 16), tl.arange(0, d_bias.shape[0])
+    padded = tl.zeros((16, d_bias.shape[1]), tl.float32)
     for o in tl.static_range(d_bias.shape[0]):
         one = tl.sum(tl.where((heads == o)[:, None], d_bias, 0.0), 0)
-        columns = tl.where((cols == o)[None, :], one[:, None], columns)
-    return columns.to(dtype)
+        padded = tl.where((rows == o)[:, None], one[None, :], padded)
+    return padded.to(dtype)
 
 
 @triton.jit
 def slope_of_last(
-    d_columns,  # [pairs, 16] of the heads
+    d_rows,  # [16, pairs] of the heads
     last,
     parameters_ptr,
     head0,
@@ -148,24 +148,24 @@ def slope_of_last(
     BLOCK_H: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """[pairs, WIDTH] the gradient of the last hidden layer in front of its ReLU."""
+    """[WIDTH, pairs] the gradient of the last hidden layer in front of its ReLU."""
     weight = _weight_of_last(parameters_ptr, head0, WIDTH, DEPTH, PER_GROUP, BLOCK_H, last.dtype)
-    product = tl.dot(d_columns, weight, input_precision=PRECISION)
+    product = tl.dot(tl.trans(weight), d_rows, input_precision=PRECISION)
     return tl.where(last > 0, product, 0.0).to(last.dtype)
 
 
 @triton.jit
 def slope_before(
-    d,  # [pairs, WIDTH] gradient of a layer in front of its ReLU
-    given,  # [pairs, WIDTH] what it was given
+    d,  # [WIDTH, pairs] gradient of a layer in front of its ReLU
+    given,  # [WIDTH, pairs] what it was given
     weight_ptr,
     WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """[pairs, WIDTH] that of the layer before."""
+    """[WIDTH, pairs] that of the layer before."""
     offs = tl.arange(0, WIDTH)
-    weight = tl.load(weight_ptr + offs[:, None] * WIDTH + offs[None, :]).to(d.dtype)
-    product = tl.dot(d, weight, input_precision=PRECISION)
+    weight = tl.load(weight_ptr + offs[None, :] * WIDTH + offs[:, None]).to(d.dtype)
+    product = tl.dot(weight, d, input_precision=PRECISION)
     return tl.where(given > 0, product, 0.0).to(d.dtype)
 
 
@@ -173,16 +173,16 @@ def slope_before(
 def slope_of_offset(d_first, parameters_ptr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
     """[pairs] the gradients of both signed logs."""
     weight = _weight_of_first(parameters_ptr, WIDTH, d_first.dtype)
-    columns = tl.dot(d_first, tl.trans(weight), input_precision=PRECISION)
-    cols = tl.arange(0, 16)[None, :]
-    d_x = tl.sum(tl.where(cols == 0, columns, 0.0), 1)
-    return d_x, tl.sum(tl.where(cols == 1, columns, 0.0), 1)
+    full = tl.dot(tl.trans(weight), d_first, input_precision=PRECISION)
+    rows = tl.arange(0, 16)[:, None]
+    d_x = tl.sum(tl.where(rows == 0, full, 0.0), 0)
+    return d_x, tl.sum(tl.where(rows == 1, full, 0.0), 0)
 
 
 @triton.jit
 def add_over_pairs(sums, left, right, unit, PRECISION: tl.constexpr):
-    """sums [M, N] + left [pairs, M]^T right [pairs, N], times unit, the scale of one side."""
-    left = tl.trans(left)
+    """sums [M, N] + left [M, pairs] right [N, pairs]^T, times unit, the scale of one side."""
+    right = tl.trans(right)
     if right.dtype == tl.float16:
         sums += tl.dot(left, right, input_precision=PRECISION) * unit
     else:
@@ -215,18 +215,18 @@ def slope_of_pairs(
     PRECISION: tl.constexpr,
 ):
     """[pairs] the gradients of both signed logs, with the MLP evaluated again."""
-    columns = columns_of_pairs(x, y, dtype)
-    second, last = evaluate_hidden(columns, parameters_ptr, WIDTH, DEPTH, PRECISION)
+    inputs = rows_of_pairs(x, y, dtype)
+    second, last = evaluate_hidden(inputs, parameters_ptr, WIDTH, DEPTH, PRECISION)
     size = scale_of(d_bias, dtype)
     d = slope_of_last(
-        columns_of_heads(d_bias / size, dtype), last, parameters_ptr, head0,
+        rows_of_heads(d_bias / size, dtype), last, parameters_ptr, head0,
         WIDTH, DEPTH, PER_GROUP, BLOCK_H, PRECISION,
     )  # fmt: skip
     if DEPTH > 2:
         weight = parameters_ptr + 4 * WIDTH + WIDTH * WIDTH
         d = slope_before(d, second, weight, WIDTH, PRECISION)
     if DEPTH > 1:
-        first = first_layer(columns, parameters_ptr, WIDTH, PRECISION)
+        first = first_layer(inputs, parameters_ptr, WIDTH, PRECISION)
         d = slope_before(d, first, parameters_ptr + 3 * WIDTH, WIDTH, PRECISION)
     d_x, d_y = slope_of_offset(d, parameters_ptr, WIDTH, PRECISION)
     return d_x * size, d_y * size

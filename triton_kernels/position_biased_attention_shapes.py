@@ -25,6 +25,11 @@ class Problem(NamedTuple):
         return self.dtype != torch.float32
 
     @property
+    def tight(self) -> bool:
+        """The gradients of features and of positions do not fit one kernel."""
+        return not self.half or self.width > 32
+
+    @property
     def block_h(self) -> int:
         """Heads of a group that share a program, and an evaluation of their MLP."""
         most = 1 if not self.half else 2 if max(self.head_dim, self.value_dim) > 64 else 4
@@ -35,9 +40,8 @@ def blocks(problem: Problem) -> dict[str, int]:
     """Of every kernel that walks tiles of pairs."""
     block_h = problem.block_h
     block_q, block_n = 16, 32 if problem.width == 0 and block_h < 4 else 16
-    # pieces of few pairs spread a product's columns over more warps, each with less to hold
-    piece = 2048 // problem.width if problem.width else block_q * block_n
-    piece = min(piece, 128) if problem.half else min(piece, 32)
+    # of the operands of a layer's product a warp holds some rows of the weight, and all pairs
+    piece = (32 if problem.half else 16) if problem.width else block_q * block_n
     return {
         # a number per pair and head, and its slopes along x and y
         "SCRATCH": (block_h + 2) * block_q * block_n,

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .cross_attention_tiles import inner, softmax_tile
 from .position_biased_attention_mlp import (
-    columns_of_pairs,
+    rows_of_pairs,
     evaluate_hidden,
     evaluate_last,
     signed_log,
@@ -145,8 +145,8 @@ def bias_of_tile(
                 parameters_ptr, x, y, reach_ptr, head0, table_size, exist, PER_GROUP, BLOCK_H
             )
         else:
-            columns = columns_of_pairs(x, y, dtype)
-            _second, last = evaluate_hidden(columns, parameters_ptr, WIDTH, DEPTH, PRECISION)
+            inputs = rows_of_pairs(x, y, dtype)
+            _second, last = evaluate_hidden(inputs, parameters_ptr, WIDTH, DEPTH, PRECISION)
             bias = evaluate_last(
                 last, parameters_ptr, head0, WIDTH, DEPTH, PER_GROUP, BLOCK_H, PRECISION
             )
