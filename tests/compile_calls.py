@@ -36,6 +36,7 @@ class Launch:
     constants: dict[str, Any]
     attributes: dict[tuple[int], list]
     options: dict[str, int]
+    may_spill: bool = False  # known to, and said in docs/kernels.md
 
     def key(self) -> tuple:
         return (

@@ -125,7 +125,7 @@ def position_biased_attention_backward(
     packed = lse.new_empty((attention.total, *query.shape[1:])) if needs.query else None
     moved = lse.new_empty((attention.total, call.parts, 2)) if needs.query_pos else None
     programs = call.tiles(blocks) * call.parts
-    for targets in call.passes((packed, moved), 1):
+    for targets in call.passes((packed,), (moved,)):
         position_biased_query_kernel[(programs,)](
             *call.inputs,
             call.scratch(programs, blocks),
@@ -176,20 +176,23 @@ def _backward_keys(
         d_bias = lse.new_zeros((programs, d_bias.numel()))
     elif d_bias is not None and torch.are_deterministic_algorithms_enabled():
         d_bias, per_unit = d_bias.to(torch.int64), call.units(saved)
-    for chosen in call.passes((*parts, d_bias), 2):
-        position_biased_key_kernel[(programs,)](
-            *call.inputs,
-            call.scratch(programs, blocks),
-            *saved,
-            per_unit,
-            *chosen,
-            *call.sizes(blocks),
-            rows,
-            a.total,
-            *call.numbers,
-            **call.constants,
-            **blocks,
-        )
+    halved = call.problem.tight and call.bias.depth > 1
+    for chosen in call.passes(parts[:2], parts[2:], (d_bias,)):
+        for bias_part in (1, 2) if halved and chosen[-1] is not None else (0,):
+            position_biased_key_kernel[(programs,)](
+                *call.inputs,
+                call.scratch(programs, blocks),
+                *saved,
+                per_unit,
+                *chosen,
+                *call.sizes(blocks),
+                rows,
+                a.total,
+                *call.numbers,
+                **call.constants,
+                **blocks,
+                BIAS_PART=bias_part,
+            )
     split = (1, 1, call.parts // call.key_pos.shape[1])
     for part, target, n_parts in zip(parts, targets, split, strict=True):
         call.add_slots(part, target, rows, n_parts)
@@ -240,24 +243,27 @@ class _Call(NamedTuple):
         seed = a.seed if a.dropout_p > 0 else None
         return (*self[:5], self.bias.parameters, self.bias.reach, seed, a.starts, a.lengths)
 
-    def passes(self, targets: tuple[Tensor | None, ...], n_features: int) -> list[tuple]:
-        """What each launch of a kernel writes: all, or the gradients of features and then the rest.
-
-        Together they would not stay in registers beside a wide MLP, or in fp32.
-        """
+    def passes(self, *targets: tuple[Tensor | None, ...]) -> list[tuple[Tensor | None, ...]]:
+        """What each launch of a kernel writes, of all `targets`: those of all groups at once, or,
+        where these would not stay in registers together, of a group at a time."""
+        every = [target for group in targets for target in group]
         if not self.problem.tight:
-            return [targets]
-        features = (*targets[:n_features], *(None for _ in targets[n_features:]))
-        others = (*(None for _ in targets[:n_features]), *targets[n_features:])
-        found = [chosen for chosen in (features, others) if any(t is not None for t in chosen)]
-        return found or [targets]
+            return [tuple(every)]
+        found, at = [], 0
+        for group in targets:
+            chosen = [None] * at + list(group) + [None] * (len(every) - at - len(group))
+            at += len(group)
+            if any(target is not None for target in group):
+                found.append(tuple(chosen))
+        # the query's kernel has something to write in any case
+        return found or [tuple(every)]
 
     def scratch(self, programs: int, blocks: dict[str, int]) -> Tensor:
         """Where programs pass a tile between its pieces and itself."""
         return self.query_pos.new_empty((programs, blocks["SCRATCH"]))
 
     def sizes(self, blocks: dict[str, int]) -> tuple[int, ...]:
-        """Bags, stored queries, keys of a bag, pairs of a tile, nodes along an axis of the table."""
+        """Bags, stored queries, keys of a bag, pairs of a tile, nodes along a table's axis."""
         nodes = 0 if self.bias.reach is None else self.bias.parameters.shape[1]
         pairs = blocks["BLOCK_Q"] * blocks["BLOCK_N"]
         return self.key.shape[0], self.query.shape[0], self.key.shape[1], pairs, nodes

@@ -16,10 +16,10 @@ import triton.language as tl
 from .cross_attention_tiles import logit_gradient, rows_before, store_head
 from .position_biased_attention_mlp import (
     add_over_pairs,
-    rows_of_heads,
-    rows_of_pairs,
     evaluate_hidden,
     first_layer,
+    rows_of_heads,
+    rows_of_pairs,
     scale_of,
     signed_log,
     slope_before,
@@ -107,6 +107,7 @@ def position_biased_key_kernel(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
     MLP_PRECISION: tl.constexpr,
+    BIAS_PART: tl.constexpr,  # 0: whole; 1: upper layers, the third and last; 2: the lower ones
     SCRATCH: tl.constexpr,
     PIECE: tl.constexpr,  # pairs whose MLP is in registers at once
     BLOCK_Q: tl.constexpr,
@@ -144,16 +145,6 @@ def position_biased_key_kernel(
     key_pos_ptr += ((bag.to(tl.int64) * GROUPS + group) * n_keys + tile * BLOCK_N) * 2
     keys_left = n_keys - tile * BLOCK_N
     scratch_ptr += tl.program_id(0).to(tl.int64) * SCRATCH
-    k = load_heads(
-        key_ptr + bag.to(tl.int64) * (stride_key_bag * KEY_UNIT),
-        keys_64 * (stride_key_row * KEY_UNIT), ok, head0, left,
-        stride_key_head * KEY_UNIT, BLOCK_H, D, BLOCK_D,
-    )  # fmt: skip
-    v = load_heads(
-        value_ptr + bag.to(tl.int64) * (stride_value_bag * VALUE_UNIT),
-        keys_64 * (stride_value_row * VALUE_UNIT), ok, head0, left,
-        stride_value_head * VALUE_UNIT, BLOCK_H, DV, BLOCK_V,
-    )  # fmt: skip
     heads_q = heads_of_rows(BLOCK_H, BLOCK_Q)
     result0 = rows_before(bag, starts_ptr, lengths_ptr, n_bags, n_queries) + position
     plane = total.to(tl.int64) * HEADS
@@ -177,6 +168,22 @@ def position_biased_key_kernel(
         offs_q = q0 + tl.arange(0, BLOCK_Q)
         mask_q = offs_q < count
         rows = row0 + offs_q
+        bias = bias_of_tile(
+            query_pos_ptr + 2 * (row0 + q0), key_pos_ptr, scratch_ptr, count - q0, keys_left,
+            parameters_ptr, reach_ptr, first_head, n_pairs, table_size,
+            PER_GROUP, WIDTH, DEPTH, BLOCK_H, BLOCK_Q, BLOCK_N, PIECE, dtype, MLP_PRECISION,
+        )  # fmt: skip
+        # again for every tile, so that registers are free for its MLP
+        k = load_heads(
+            key_ptr + bag.to(tl.int64) * (stride_key_bag * KEY_UNIT),
+            keys_64 * (stride_key_row * KEY_UNIT), ok, head0, left,
+            stride_key_head * KEY_UNIT, BLOCK_H, D, BLOCK_D,
+        )  # fmt: skip
+        v = load_heads(
+            value_ptr + bag.to(tl.int64) * (stride_value_bag * VALUE_UNIT),
+            keys_64 * (stride_value_row * VALUE_UNIT), ok, head0, left,
+            stride_value_head * VALUE_UNIT, BLOCK_H, DV, BLOCK_V,
+        )  # fmt: skip
         q = load_heads(
             query_ptr, rows * (stride_query_row * QUERY_UNIT), mask_q, head0, left,
             stride_query_head * QUERY_UNIT, BLOCK_H, D, BLOCK_D,
@@ -185,11 +192,6 @@ def position_biased_key_kernel(
             d_out_ptr, (result0 + offs_q) * (HEADS * DV), mask_q, head0, left, DV,
             BLOCK_H, DV, BLOCK_V,
         ).to(dtype)  # fmt: skip
-        bias = bias_of_tile(
-            query_pos_ptr + 2 * (row0 + q0), key_pos_ptr, scratch_ptr, count - q0, keys_left,
-            parameters_ptr, reach_ptr, first_head, n_pairs, table_size,
-            PER_GROUP, WIDTH, DEPTH, BLOCK_H, BLOCK_Q, BLOCK_N, PIECE, dtype, MLP_PRECISION,
-        )  # fmt: skip
         at = rows_by_head(result0 + offs_q, BLOCK_H) * HEADS + head0 + heads_q
         mask = rows_by_head(mask_q, BLOCK_H) & (heads_q < left)
         lse = tl.load(lse_ptr + at, mask=mask, other=-float("inf"))
@@ -240,24 +242,28 @@ def position_biased_key_kernel(
                     )
                     size = scale_of(d_bias, dtype)
                     d_rows = rows_of_heads(d_bias / size, dtype)
-                    d_shift += tl.sum(d_bias, 1)
-                    d_last = add_over_pairs(d_last, d_rows, last, size, MLP_PRECISION)
+                    if BIAS_PART != 2:
+                        d_shift += tl.sum(d_bias, 1)
+                        d_last = add_over_pairs(d_last, d_rows, last, size, MLP_PRECISION)
                     d = slope_of_last(
                         d_rows, last, parameters_ptr, first_head, WIDTH, DEPTH, PER_GROUP,
                         BLOCK_H, MLP_PRECISION,
                     )  # fmt: skip
                     if DEPTH > 2:
-                        d_weight_3 = add_over_pairs(d_weight_3, d, second, size, MLP_PRECISION)
-                        d_shift_3 += tl.sum(d.to(tl.float32), 1) * size
+                        if BIAS_PART != 2:
+                            d_weight_3 = add_over_pairs(d_weight_3, d, second, size, MLP_PRECISION)
+                            d_shift_3 += tl.sum(d.to(tl.float32), 1) * size
                         weight = parameters_ptr + 3 * WIDTH + LAYER
                         d = slope_before(d, second, weight, WIDTH, MLP_PRECISION)
                     if DEPTH > 1:
                         first = first_layer(inputs, parameters_ptr, WIDTH, MLP_PRECISION)
-                        d_weight_2 = add_over_pairs(d_weight_2, d, first, size, MLP_PRECISION)
-                        d_shift_2 += tl.sum(d.to(tl.float32), 1) * size
+                        if BIAS_PART != 1:
+                            d_weight_2 = add_over_pairs(d_weight_2, d, first, size, MLP_PRECISION)
+                            d_shift_2 += tl.sum(d.to(tl.float32), 1) * size
                         weight = parameters_ptr + 3 * WIDTH
                         d = slope_before(d, first, weight, WIDTH, MLP_PRECISION)
-                    d_first = add_over_pairs(d_first, d, inputs, size, MLP_PRECISION)
+                    if BIAS_PART != 1:
+                        d_first = add_over_pairs(d_first, d, inputs, size, MLP_PRECISION)
                     if MOVES:
                         d_x, d_y = slope_of_offset(d, parameters_ptr, WIDTH, MLP_PRECISION)
                         d_x, d_y = d_x * size, d_y * size
@@ -287,7 +293,7 @@ def position_biased_key_kernel(
         _store_parameters(
             d_bias_ptr + tl.program_id(0).to(tl.int64) * N_PARAMETERS,
             d_first, d_weight_2, d_shift_2, d_weight_3, d_shift_3, d_last,
-            d_shift, first_head, PER_GROUP, WIDTH, DEPTH, BLOCK_H,
+            d_shift, first_head, PER_GROUP, WIDTH, DEPTH, BLOCK_H, BIAS_PART,
         )  # fmt: skip
 
 
@@ -295,25 +301,27 @@ def position_biased_key_kernel(
 def _store_parameters(
     to, d_first, d_weight_2, d_shift_2, d_weight_3, d_shift_3, d_last, d_shift,
     first_head, PER_GROUP: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    BLOCK_H: tl.constexpr, BIAS_PART: tl.constexpr,
 ):  # fmt: skip
     """The sums in the order of the vector of parameters."""
     LAYER: tl.constexpr = WIDTH * WIDTH + WIDTH
     offs = tl.arange(0, WIDTH)
     square = offs[:, None] * WIDTH + offs[None, :]
-    cols = tl.arange(0, 16)[None, :]
-    at = tl.where(cols == 2, 2 * WIDTH + offs[:, None], 2 * offs[:, None] + cols)
-    tl.store(to + at, d_first, mask=(cols < 3) & (offs >= 0)[:, None])
-    if DEPTH > 1:
-        tl.store(to + 3 * WIDTH + square, d_weight_2)
-        tl.store(to + 3 * WIDTH + WIDTH * WIDTH + offs, d_shift_2)
-    if DEPTH > 2:
-        tl.store(to + 3 * WIDTH + LAYER + square, d_weight_3)
-        tl.store(to + 3 * WIDTH + LAYER + WIDTH * WIDTH + offs, d_shift_3)
-    to += 3 * WIDTH + (DEPTH - 1) * LAYER
-    rows = tl.arange(0, 16)
-    inside = (rows < BLOCK_H) & (first_head + rows < PER_GROUP)
-    at = (first_head + rows)[:, None] * WIDTH + offs[None, :]
-    tl.store(to + at, d_last, mask=inside[:, None])
-    heads = first_head + tl.arange(0, BLOCK_H)
-    tl.store(to + PER_GROUP * WIDTH + heads, d_shift, mask=heads < PER_GROUP)
+    if BIAS_PART != 1:
+        cols = tl.arange(0, 16)[None, :]
+        at = tl.where(cols == 2, 2 * WIDTH + offs[:, None], 2 * offs[:, None] + cols)
+        tl.store(to + at, d_first, mask=(cols < 3) & (offs >= 0)[:, None])
+        if DEPTH > 1:
+            tl.store(to + 3 * WIDTH + square, d_weight_2)
+            tl.store(to + 3 * WIDTH + WIDTH * WIDTH + offs, d_shift_2)
+    if BIAS_PART != 2:
+        if DEPTH > 2:
+            tl.store(to + 3 * WIDTH + LAYER + square, d_weight_3)
+            tl.store(to + 3 * WIDTH + LAYER + WIDTH * WIDTH + offs, d_shift_3)
+        to += 3 * WIDTH + (DEPTH - 1) * LAYER
+        rows = tl.arange(0, 16)
+        inside = (rows < BLOCK_H) & (first_head + rows < PER_GROUP)
+        at = (first_head + rows)[:, None] * WIDTH + offs[None, :]
+        tl.store(to + at, d_last, mask=inside[:, None])
+        heads = first_head + tl.arange(0, BLOCK_H)
+        tl.store(to + PER_GROUP * WIDTH + heads, d_shift, mask=heads < PER_GROUP)

@@ -3,8 +3,8 @@
 Contract: survfuse/ops/position_biased_attention.py.
 Oracle: survfuse/reference/position_biased_attention.py.
 Math: docs/math.md, "Attention biased by position".
-Layout: one program per (tile of a bag's queries, group, block of the group's heads), which walks all
-keys of the bag. The MLP of a pair is evaluated once for the heads of the block, and once more where
+Layout: one program per (tile of a bag's queries, group, block of the group's heads), which walks
+all keys of the bag. The MLP of a pair is evaluated once for the heads of the block, and once more where
 it is differentiated.
 """
 
@@ -241,10 +241,6 @@ def position_biased_query_kernel(
     offs_q = tl.arange(0, BLOCK_Q)
     mask_q = offs_q < count
     rows = row0 + offs_q
-    q = load_heads(
-        query_ptr, rows * (stride_query_row * QUERY_UNIT), mask_q, head0, left,
-        stride_query_head * QUERY_UNIT, BLOCK_H, D, BLOCK_D,
-    )  # fmt: skip
     query_pos_ptr += 2 * row0
     scratch_ptr += tl.program_id(0).to(tl.int64) * SCRATCH
     key_ptr += bag.to(tl.int64) * (stride_key_bag * KEY_UNIT)
@@ -255,10 +251,6 @@ def position_biased_query_kernel(
     result = rows_before(bag, starts_ptr, lengths_ptr, n_bags, n_queries) + position
     at = rows_by_head(result + offs_q, BLOCK_H) * HEADS + head0 + heads
     mask = rows_by_head(mask_q, BLOCK_H) & (heads < left)
-    dz = load_heads(
-        d_out_ptr, (result + offs_q) * (HEADS * DV), mask_q, head0, left, DV,
-        BLOCK_H, DV, BLOCK_V,
-    ).to(dtype)  # fmt: skip
     lse = tl.load(lse_ptr + at, mask=mask, other=-float("inf"))
     d_lse = tl.load(d_lse_ptr + at, mask=mask, other=0.0)
     one = tl.zeros((BLOCK_H * BLOCK_Q,), tl.float32) + 1.0
@@ -281,6 +273,15 @@ def position_biased_query_kernel(
             parameters_ptr, reach_ptr, first_head, n_pairs, table_size,
             PER_GROUP, WIDTH, DEPTH, BLOCK_H, BLOCK_Q, BLOCK_N, PIECE, dtype, MLP_PRECISION,
         )  # fmt: skip
+        # again for every tile, so that registers are free for its MLP
+        q = load_heads(
+            query_ptr, rows * (stride_query_row * QUERY_UNIT), mask_q, head0, left,
+            stride_query_head * QUERY_UNIT, BLOCK_H, D, BLOCK_D,
+        )  # fmt: skip
+        dz = load_heads(
+            d_out_ptr, (result + offs_q) * (HEADS * DV), mask_q, head0, left, DV,
+            BLOCK_H, DV, BLOCK_V,
+        ).to(dtype)  # fmt: skip
         k = load_heads(
             key_ptr, keys_64 * (stride_key_row * KEY_UNIT), ok, head0, left,
             stride_key_head * KEY_UNIT, BLOCK_H, D, BLOCK_D,

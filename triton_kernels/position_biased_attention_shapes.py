@@ -26,13 +26,15 @@ class Problem(NamedTuple):
 
     @property
     def tight(self) -> bool:
-        """The gradients of features and of positions do not fit one kernel."""
-        return not self.half or self.width > 32
+        """The gradients of features, of positions and of the bias do not fit one kernel."""
+        wide = self.width > 32 or self.depth > 2 or self.per_group > 1
+        return self.dtype != torch.bfloat16 or wide
 
     @property
     def block_h(self) -> int:
         """Heads of a group that share a program, and an evaluation of their MLP."""
-        most = 1 if not self.half else 2 if max(self.head_dim, self.value_dim) > 64 else 4
+        wide = max(self.head_dim, self.value_dim) > 64
+        most = 1 if not self.half or self.width > 32 else 2 if wide else 4
         return min(most, triton.next_power_of_2(self.per_group))
 
 
@@ -40,8 +42,10 @@ def blocks(problem: Problem) -> dict[str, int]:
     """Of every kernel that walks tiles of pairs."""
     block_h = problem.block_h
     block_q, block_n = 16, 32 if problem.width == 0 and block_h < 4 else 16
-    # of the operands of a layer's product a warp holds some rows of the weight, and all pairs
-    piece = (32 if problem.half else 16) if problem.width else block_q * block_n
+    # a warp holds all of a layer's weight: more pairs at once would leave too little beside it
+    piece = (
+        (32 if problem.half and problem.width < 64 else 16) if problem.width else block_q * block_n
+    )
     return {
         # a number per pair and head, and its slopes along x and y
         "SCRATCH": (block_h + 2) * block_q * block_n,

@@ -3,8 +3,8 @@
 Rows of a tile are (head, query), columns keys; features of keys are (head, key), so that products
 of a block of heads are one product, of which the blocks on the diagonal count.
 
-The MLP of a tile is evaluated in pieces: its hidden layers take WIDTH numbers of registers per pair,
-where a tile takes one. Pieces and tiles meet in a scratch of a few KB per program, which stays in
+The MLP of a tile is evaluated in pieces: its hidden layers take WIDTH registers per pair, where a
+tile takes one. Pieces and tiles meet in a scratch of a few KB per program, which stays in
 the nearest cache.
 """
 
@@ -15,9 +15,9 @@ import triton.language as tl
 
 from .cross_attention_tiles import inner, softmax_tile
 from .position_biased_attention_mlp import (
-    rows_of_pairs,
     evaluate_hidden,
     evaluate_last,
+    rows_of_pairs,
     signed_log,
 )
 from .position_biased_attention_table import interpolate

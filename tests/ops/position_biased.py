@@ -191,9 +191,10 @@ def differentiate(call: Call, results: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def targets() -> list[tuple[str, str]]:
-    """The backends this op has, and where they run here."""
+    """The backends this op has, and where they run here; the interpreter has tests of its own."""
     built = importlib.import_module("survfuse.ops.position_biased_attention")._MODULES
-    return [target for target in TARGETS if target[0] in built]
+    here = [target for target in TARGETS if target != ("triton", "cpu")]
+    return [target for target in here if target[0] in built]
 
 
 def names(call: Call) -> list[str]:

@@ -42,6 +42,8 @@ def test_kernels_compile_for_hopper_without_spills() -> None:
         "spread_tokens_sum",
         *("gated_scores", "gated_hidden", "gated_weights", "gated_bag"),
         *("deformable_fwd", "deformable_bwd"),
+        *("position_biased_fwd", "position_biased_query", "position_biased_key"),
+        *("position_biased_rows", "position_biased_slots"),
     }
 
 
