@@ -3,7 +3,8 @@
 Math: docs/math.md, "Attention biased by position".  The vector of parameters holds, layer by layer,
 the weight [out, in] and the bias [out]; hidden layers are WIDTH wide.  Pairs are columns here, and
 every layer is a product on tensor cores: the first of [16, pairs], which holds both signed logs and
-a 1 for its bias, the last of 16 rows, one for each head. Hidden layers are kept in the type of the operands, and the first is formed again.
+a 1 for its bias, the last of 16 rows, one for each head. Hidden layers are kept in the type of the
+operands, and the first is formed again.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ Contract: survfuse/ops/position_biased_attention.py.
 Oracle: survfuse/reference/position_biased_attention.py.
 Math: docs/math.md, "Attention biased by position".
 Layout: one program per (tile of a bag's queries, group, block of the group's heads), which walks
-all keys of the bag. The MLP of a pair is evaluated once for the heads of the block, and once more where
-it is differentiated.
+all keys of the bag. The MLP of a pair is evaluated once for the heads of the block, and once more
+where it is differentiated.
 """
 
 from __future__ import annotations
