@@ -248,7 +248,5 @@ PYBIND11_MODULE(_native, m) {
   m.def("gated_attention_pool_workspace", &gated_workspace);
   m.def("gated_attention_pool_forward", &gated_attention_pool_forward);
   m.def("gated_attention_pool_backward", &gated_attention_pool_backward);
-#if SURVFUSE_WITH_CUDA
-  bind_multi_scale_deformable_attention_cuda(m);
-#endif
+  bind_multi_scale_deformable_attention(m);
 }

@@ -27,7 +27,5 @@ struct Fields {
 
 // each in csrc/<op>_bindings.cpp
 void bind_multi_scale_deformable_attention(pybind11::module_& m);
-// csrc/<op>_cuda_bindings.cpp, where CUDA is built
-void bind_multi_scale_deformable_attention_cuda(pybind11::module_& m);
 
 }  // namespace survfuse

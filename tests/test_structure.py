@@ -27,6 +27,7 @@ NEUTRAL = {
     "ragged": set(),
     "pooling": {"ragged"},
     "attention": {"ragged"},
+    "deformable": set(),
     "batch": {"ragged"},
     "extras": set(),
     "outcomes": set(),
@@ -71,7 +72,7 @@ TOP_LEVEL = {
     "survfuse.benchmarks": {"pytest"},
 }
 # what benchmarks race against where somebody has it; nothing else may import it
-PEERS = {"flash_attn", "flash_attn_interface", "xformers"}
+PEERS = {"flash_attn", "flash_attn_interface", "mmcv", "transformers", "xformers"}
 HEAVY = ("triton", "openslide", "matplotlib", "pandas", "scipy", "h5py", "pydantic", "sklearn")
 IMPORT_SECONDS = 0.3
 MAX_LINES = 450

@@ -92,31 +92,33 @@ __device__ inline float weight_of(const DeformableParams& p, float2 softmax, int
   return p.reference ? expf(weight - softmax.x) * softmax.y : weight;
 }
 
-// What moves a location by one unit of an offset.
-__device__ inline float2 step_of(const DeformableParams& p, const float* reference, Level level) {
-  if (p.reference_dim == 2) return make_float2(1.0f / level.width, 1.0f / level.height);
-  const float half = static_cast<float>(0.5 / static_cast<double>(p.n_points));
-  return make_float2(__ldg(reference + 2) * half, __ldg(reference + 3) * half);
-}
+// From a point to pixels of its level, whose centres lie at whole numbers: origin + point * step.
+struct ToPixels {
+  float2 origin, step;
+};
 
-__device__ inline const float* reference_of(const DeformableParams& p, int64_t group, int level) {
-  const int64_t row = quotient(group, p.n_heads) * p.n_levels + level;
-  return static_cast<const float*>(p.reference) + row * p.reference_dim;
-}
-
-// Where a sample lies, pixel centres at whole numbers. No contraction: at a border the last bit
-// decides whether a point is inside, and every implementation must agree.
-__device__ inline float2 pixel_of(const DeformableParams& p, Level level, int level_index,
-                                  int64_t group, int64_t index) {
-  float2 at = __ldg(static_cast<const float2*>(p.points) + index);
-  if (p.reference) {
-    const float* reference = reference_of(p, group, level_index);
-    const float2 step = step_of(p, reference, level);
-    at.x = __fadd_rn(__ldg(reference), __fmul_rn(at.x, step.x));
-    at.y = __fadd_rn(__ldg(reference + 1), __fmul_rn(at.y, step.y));
+__device__ inline ToPixels to_pixels(const DeformableParams& p, Level level, int64_t group,
+                                     int level_index) {
+  const float width = level.width, height = level.height;
+  if (!p.reference) return {make_float2(-0.5f, -0.5f), make_float2(width, height)};
+  const int64_t row = quotient(group, p.n_heads) * p.n_levels + level_index;
+  const float* at = static_cast<const float*>(p.reference) + row * p.reference_dim;
+  ToPixels map{make_float2(__fsub_rn(__fmul_rn(__ldg(at), width), 0.5f),
+                           __fsub_rn(__fmul_rn(__ldg(at + 1), height), 0.5f)),
+               make_float2(1, 1)};
+  if (p.reference_dim == 4) {
+    const float half = 0.5f / static_cast<float>(p.n_points);
+    map.step = make_float2(__ldg(at + 2) * width * half, __ldg(at + 3) * height * half);
   }
-  return make_float2(__fsub_rn(__fmul_rn(at.x, static_cast<float>(level.width)), 0.5f),
-                     __fsub_rn(__fmul_rn(at.y, static_cast<float>(level.height)), 0.5f));
+  return map;
+}
+
+// No contraction: at a border the last bit decides whether a point is inside, and there the
+// implementations must agree.
+__device__ inline float2 pixel_of(const DeformableParams& p, const ToPixels& map, int64_t index) {
+  const float2 at = __ldg(static_cast<const float2*>(p.points) + index);
+  return make_float2(__fadd_rn(map.origin.x, __fmul_rn(at.x, map.step.x)),
+                     __fadd_rn(map.origin.y, __fmul_rn(at.y, map.step.y)));
 }
 
 // Puts one sample into its slot; a point outside (false for NaN) gets no corner and no weight.
@@ -160,7 +162,7 @@ __device__ inline void stage(const DeformableParams& p, const Level* levels,
     }
     const int64_t index = group * n_samples + sample;
     const int level = sample / n_points;
-    const float2 pixel = pixel_of(p, levels[level], level, group, index);
+    const float2 pixel = pixel_of(p, to_pixels(p, levels[level], group, level), index);
     const float2 softmax = p.reference ? staged.softmax[local] : make_float2(0, 0);
     place_sample(p, levels[level], pixel, weight_of(p, softmax, index), staged.place + at,
                  staged.corners + at);

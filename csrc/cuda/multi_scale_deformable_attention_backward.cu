@@ -166,16 +166,10 @@ __device__ inline void write_samples(const DeformableBackward& p, const Level* l
     if (p.d_weights) static_cast<float*>(p.d_weights)[index] = slopes.z;
     if (!p.d_points) continue;
     const int level = sample / n_points;
-    // an offset in pixels moves the sample as far; a location by a level's size, a box's by both
-    float2 pixels = make_float2(1, 1);
-    if (!p.in.reference || p.in.reference_dim == 4)
-      pixels = make_float2(levels[level].width, levels[level].height);
-    if (p.in.reference && p.in.reference_dim == 4) {
-      const float* reference = reference_of(p.in, group, level);
-      const float2 step = step_of(p.in, reference, levels[level]);
-      pixels = make_float2(pixels.x * step.x, pixels.y * step.y);
-    }
-    static_cast<float2*>(p.d_points)[index] = make_float2(slopes.x * pixels.x, slopes.y * pixels.y);
+    const float2 step = to_pixels(p.in, levels[level], group, level).step;
+    // by selection: a box that no sample needed may be NaN
+    static_cast<float2*>(p.d_points)[index] =
+        make_float2(slopes.x == 0 ? 0 : slopes.x * step.x, slopes.y == 0 ? 0 : slopes.y * step.y);
   }
 }
 
@@ -188,7 +182,7 @@ __device__ inline void write_reference(const DeformableBackward& p, const Level*
   const int dim = static_cast<int>(p.in.reference_dim);
   const int first_level = begin / n_points;
   const int count = (begin + n - 1) / n_points - first_level + 1;
-  const float half = static_cast<float>(0.5 / static_cast<double>(p.in.n_points));
+  const float half = 0.5f / static_cast<float>(p.in.n_points);
   for (int i = threadIdx.x % 32; i < Staged<G>::kGroups * count; i += 32) {
     const int local = i / count, level = first_level + i % count;
     const int64_t group = first + local;

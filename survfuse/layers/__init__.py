@@ -4,6 +4,10 @@ from survfuse.layers.cross_attention import CrossAttention
 from survfuse.layers.feed_forward import GatedFeedForward
 from survfuse.layers.gated_attention_pool import GatedAttentionPool
 from survfuse.layers.latent_attention import BagCrossAttention, LatentSelfAttention
+from survfuse.layers.multi_scale_deformable_attention import (
+    MSDeformAttnFunction,
+    MultiScaleDeformableAttention,
+)
 
 __all__ = [
     "BagCrossAttention",
@@ -11,4 +15,6 @@ __all__ = [
     "GatedAttentionPool",
     "GatedFeedForward",
     "LatentSelfAttention",
+    "MSDeformAttnFunction",
+    "MultiScaleDeformableAttention",
 ]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from survfuse.deformable import Sampled, Samples, SamplingNeeds
-from survfuse.native.core import ELEMENT_TYPES, address, launch_on_device
+from survfuse.native.core import address, launch_on_device
+from survfuse.native.deformable_fields import deformable_fields
 
 # a launcher's words are as wide, and its strides no longer than 32 bits
 _ALIGNMENT = 16
@@ -102,31 +103,12 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 
 def _arguments(value: Tensor, samples: Samples) -> tuple[dict, list]:
-    """The launcher's arguments, and the tensors that must outlive the call."""
+    """The launcher's fields, and the tensors that must outlive the call."""
     if max(value.stride()) > _LONGEST_STRIDE:
         value = value.contiguous()
-    points, reference = _aligned(samples.points), samples.reference
-    n_batches, n_rows, heads, dim = value.shape
-    _, n_queries, _, n_levels, n_points, _ = points.shape
-    batch_stride, row_stride, head_stride, _ = value.stride()
-    arguments = {
-        "value": address(value),
-        "value_type": ELEMENT_TYPES[value.dtype],
-        "batch_stride": batch_stride,
-        "row_stride": row_stride,
-        "head_stride": head_stride,
-        "shapes": address(samples.shapes),
-        "points": address(points),
-        "weights": address(samples.weights),
-        "weight_type": ELEMENT_TYPES[samples.weights.dtype],
-        "reference": address(reference),
-        "reference_dim": 0 if reference is None else reference.shape[-1],
-        "n_batches": n_batches,
-        "n_queries": n_queries,
-        "n_rows": n_rows,
-        "n_heads": heads,
-        "dim": dim,
-        "n_levels": n_levels,
-        "n_points": n_points,
-    }
-    return arguments, [value, points]
+    weights = samples.weights
+    samples = samples._replace(
+        points=_aligned(samples.points),
+        weights=weights.float() if weights.dtype == torch.float64 else weights,
+    )
+    return deformable_fields(value, samples), [value, samples]

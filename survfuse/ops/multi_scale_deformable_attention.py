@@ -47,7 +47,8 @@ def multi_scale_deformable_attention(
     r"""A weighted sum of bilinear samples from every level of a pyramid, per query and head.
 
     .. math::
-        o_{qh} = \sum_{l, p} A_{qhlp}\; \mathrm{bilinear}(V_{hl},\; loc_{qhlp} \cdot (W_l, H_l) - 0.5)
+        o_{qh} = \sum_{l, p} A_{qhlp}\;
+                 \mathrm{bilinear}(V_{hl},\; loc_{qhlp} \cdot (W_l, H_l) - 0.5)
 
     Args:
         value: [B, S, H, d] the levels' pixels one behind another, row by row; bf16, fp16, fp32, or
@@ -94,6 +95,7 @@ def multi_scale_deformable_attention(
     check_tensor("sampling_locations", sampling_locations, shape=points_shape, **beside)
     _check_coordinates("sampling_locations", sampling_locations, value)
     points_shape = tuple(sampling_locations.shape[:-1])
+    _check_points("sampling_locations", sampling_locations)
     check_tensor("attention_weights", attention_weights, shape=points_shape, **beside)
     check_backend(backend)
     if backend == "reference":
@@ -139,7 +141,8 @@ def multi_scale_deformable_attention_from_offsets(
     Example:
         >>> value = torch.tensor([1.0, 2.0, 3.0, 4.0]).reshape(1, 4, 1, 1)
         >>> centre = torch.full((1, 1, 1, 2), 0.5)
-        >>> offsets, logits = torch.tensor([0.5, 0.0]).expand(1, 1, 1, 1, 1, 2), torch.zeros(1, 1, 1, 1)
+        >>> offsets = torch.tensor([0.5, 0.0]).expand(1, 1, 1, 1, 1, 2)
+        >>> logits = torch.zeros(1, 1, 1, 1)
         >>> multi_scale_deformable_attention_from_offsets(value, [(2, 2)], centre, offsets, logits)
         tensor([[[3.]]])
     """
@@ -149,6 +152,7 @@ def multi_scale_deformable_attention_from_offsets(
     offsets_shape = (n_batches, "Q", heads, n_levels, "P", 2)
     check_tensor("sampling_offsets", sampling_offsets, shape=offsets_shape, **beside)
     _check_coordinates("sampling_offsets", sampling_offsets, value)
+    _check_points("sampling_offsets", sampling_offsets)
     _, n_queries, *_, n_points, _ = sampling_offsets.shape
     sides = 4 if isinstance(reference_points, Tensor) and reference_points.shape[-1:] == (4,) else 2
     reference_shape = (n_batches, n_queries, n_levels, sides)
@@ -229,6 +233,11 @@ def _check_shapes(shapes: Tensor, n_rows: int) -> None:
             f"spatial_shapes is {listed}, {n_pixels} pixels in all; value has {n_rows} rows, and "
             "they must be as many"
         )
+
+
+def _check_points(name: str, points: Tensor) -> None:
+    if points.shape[4] == 0:
+        raise ValueError(f"{name} has shape {tuple(points.shape)}; P must be at least 1")
 
 
 def _check_coordinates(name: str, tensor: Tensor, value: Tensor) -> None:

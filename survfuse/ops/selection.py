@@ -9,6 +9,7 @@ from survfuse.ops.backends import Selection, select_backend
 from survfuse.ops.cross_attention import choose_for_heads
 from survfuse.ops.gated_attention_pool import select_gated_backend
 from survfuse.ops.gated_attention_weights import select_gated_weights_backend
+from survfuse.ops.multi_scale_deformable_attention import select_deformable_backend
 from survfuse.ops.pool_weights import check_weights_backend
 from survfuse.ragged import Ragged, as_packed
 
@@ -26,10 +27,10 @@ def selected_backend(
 
     Args:
         op: "pool_bag", "pool_weights", "tokens_attend_bag", "bag_attends_tokens",
-            "spread_tokens", "cross_attention", "gated_attention_pool" or
-            "gated_attention_weights".
+            "spread_tokens", "cross_attention", "gated_attention_pool",
+            "gated_attention_weights" or "multi_scale_deformable_attention".
         tensors: the op's tensors in the order of the call, as far as they decide: rows, bag; query,
-            bag, w_k, w_v; bag, w_q, key, value; keys, values, bag; query, key, value; bag.
+            bag, w_k, w_v; bag, w_q, key, value; keys, values, bag; query, key, value; bag; value.
         ragged, absorb, backend: as in the call.
 
     Returns:
@@ -142,6 +143,10 @@ def _gated_attention_weights(bag: Tensor, *, backend: str | None, **_) -> Select
     return select_gated_weights_backend(backend, device=bag.device, dtype=bag.dtype)
 
 
+def _deformable(value: Tensor, *, backend: str | None, **_) -> Selection:
+    return select_deformable_backend(backend, device=value.device, dtype=value.dtype)
+
+
 def _select(bag: Tensor, n_rows: int, backend: str | None) -> Selection:
     return select_backend(backend, device=bag.device, dtype=bag.dtype, n_rows=n_rows)
 
@@ -162,4 +167,5 @@ _OPS = {
     "cross_attention": (("query", "key", "value"), _cross_attention),
     "gated_attention_pool": (("bag",), _gated_attention_pool),
     "gated_attention_weights": (("bag",), _gated_attention_weights),
+    "multi_scale_deformable_attention": (("value",), _deformable),
 }

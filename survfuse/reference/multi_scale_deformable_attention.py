@@ -78,8 +78,12 @@ def multi_scale_deformable_attention_from_offsets(
     weights = logits.flatten(3).softmax(-1).unflatten(3, (n_levels, n_points))
     centre = reference_points[:, :, None, :, None, :2]
     if reference_points.shape[-1] == 2:
-        step = 1 / spatial_shapes.flip(-1).to(sampling_offsets.dtype)[:, None]
+        # a level without pixels is not sampled, wherever its points lie
+        step = 1 / spatial_shapes.flip(-1).clamp(min=1).to(sampling_offsets.dtype)[:, None]
     else:
         step = reference_points[:, :, None, :, None, 2:] * (0.5 / n_points)
-    locations = centre + sampling_offsets * step
+    # what is no number lies outside and has no gradient
+    known = (centre + sampling_offsets * step).isfinite().detach()
+    offsets, step = torch.where(known, sampling_offsets, 0.0), torch.where(known, step, 0.0)
+    locations = torch.where(known, centre + offsets * step, torch.nan)
     return multi_scale_deformable_attention(value, spatial_shapes, locations, weights)
