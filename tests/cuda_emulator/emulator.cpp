@@ -1,10 +1,13 @@
 #include "emulator.h"
 
 #include <setjmp.h>
+#include <signal.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <cstdio>
 #include <cstring>
 #include <numeric>
 #include <string>
@@ -41,7 +44,7 @@ struct Machine {
   std::vector<char> stacks;
   jmp_buf home;
   const std::function<void()>* body = nullptr;
-  unsigned grid = 0, block = 0, current = 0, current_block = 0;
+  unsigned grid = 0, block = 0, current = 0, current_block = 0, most_blocks = 0;
   char* shared = nullptr;
   uint64_t seed = 0;
   std::string error, last_error;
@@ -143,10 +146,32 @@ bool run_block() {
   for (unsigned i = 0; i < machine.block; ++i) prepare(i);
   do {
     for (const unsigned i : order(machine.block))
-      if (machine.fibers[i].state == State::kReady) resume(i);
-  } while (release());
+      if (machine.fibers[i].state == State::kReady && machine.error.empty()) resume(i);
+  } while (machine.error.empty() && release());
   return finished();
 }
+
+// A fault of a kernel ends the launch; SA_NODEFER, since nobody returns from here.
+void on_fault(int, siginfo_t* info, void*) {
+  char text[64];
+  std::snprintf(text, sizeof text, "invalid access to %p", info->si_addr);
+  machine.error = text;
+  _longjmp(machine.home, 2);
+}
+
+class FaultHandler {
+ public:
+  FaultHandler() {
+    struct sigaction action = {};
+    action.sa_sigaction = on_fault;
+    action.sa_flags = SA_SIGINFO | SA_NODEFER;
+    sigaction(SIGSEGV, &action, &before_);
+  }
+  ~FaultHandler() { sigaction(SIGSEGV, &before_, nullptr); }
+
+ private:
+  struct sigaction before_;
+};
 
 // Memory that ends where an inaccessible page begins, full of NaN.
 class Guarded {
@@ -179,6 +204,8 @@ void launch(unsigned grid, unsigned block, size_t shared_bytes, void*,
             const std::function<void()>& body) {
   machine.error = refusal(grid, block, shared_bytes);
   if (!machine.error.empty()) return;
+  const FaultHandler handler;
+  if (machine.most_blocks != 0) grid = std::min(grid, machine.most_blocks);
   machine.grid = grid;
   machine.block = block;
   machine.body = &body;
@@ -191,10 +218,9 @@ void launch(unsigned grid, unsigned block, size_t shared_bytes, void*,
     shared.poison();
     if (__start_emulated_shared)
       std::memset(__start_emulated_shared, 0xFF, __stop_emulated_shared - __start_emulated_shared);
-    if (!run_block()) {
-      machine.error = "block " + std::to_string(index) + ": some threads wait forever";
-      return;
-    }
+    const bool ended = run_block();
+    if (!ended && machine.error.empty()) machine.error = "some threads wait forever";
+    if (!ended) return;
   }
 }
 
@@ -224,5 +250,7 @@ int take_error() {
 const char* error_text() { return machine.last_error.c_str(); }
 
 void set_order(uint64_t seed) { machine.seed = seed; }
+
+void limit_grid(unsigned most_blocks) { machine.most_blocks = most_blocks; }
 
 }  // namespace emulator

@@ -4,7 +4,8 @@
 // they wait for each other (__syncthreads, __syncwarp, shuffles), in an order that a seed shuffles
 // anew each time. So a missing barrier shows as a result that depends on the seed, or as the NaN
 // that shared memory holds before anybody wrote it; a barrier that not all threads reach, as an
-// error; a read or write behind the end of dynamic shared memory, as a segmentation fault.
+// error, as does an access to memory that is not there, such as the page behind the end of dynamic
+// shared memory.
 #pragma once
 
 #include <cstddef>
@@ -38,5 +39,7 @@ const char* error_text();
 
 // The order of threads and blocks from here on; 0: ascending.
 void set_order(uint64_t seed);
+// Kernels see no more blocks than this from here on, as if they had asked for so many; 0: all.
+void limit_grid(unsigned most_blocks);
 
 }  // namespace emulator

@@ -15,4 +15,5 @@ void deformable_backward_cpu(const DeformableBackward&) { throw std::logic_error
 PYBIND11_MODULE(survfuse_emulated, m) {
   survfuse::bind_multi_scale_deformable_attention(m);
   m.def("set_order", &emulator::set_order);
+  m.def("limit_grid", &emulator::limit_grid);
 }
