@@ -1,10 +1,11 @@
 // survfuse._native: one line per launcher. Pointers are integers; Python checks before it calls.
+#include "bindings.h"
+
 #include <pybind11/pybind11.h>
 
 #include <string>
 #include <tuple>
 
-#include "bindings.h"
 #include "cpu/cpu_features.h"
 #include "cross_attention.h"
 #include "device.h"

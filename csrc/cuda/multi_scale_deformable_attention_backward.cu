@@ -66,8 +66,7 @@ __device__ inline void visit_corners(const DeformableBackward& p, const Staged<G
     for (int k = 0; k < 4; ++k) {
       word[m][k] = Channels<T, V>::zero();
       holds[m][k] = corners.holds(k);
-      if (holds[m][k])
-        word[m][k] = Channels<T, V>::load(channels + corners.row_of(k) * row_stride);
+      if (holds[m][k]) word[m][k] = Channels<T, V>::load(channels + corners.row_of(k) * row_stride);
     }
   }
   if (p.d_value) scatter<V, G>(p, staged, at, target, d_out, scale);

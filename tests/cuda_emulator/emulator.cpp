@@ -178,8 +178,8 @@ class Guarded {
  public:
   explicit Guarded(size_t bytes) : page_(sysconf(_SC_PAGESIZE)), bytes_((bytes + 15) / 16 * 16) {
     pages_ = (bytes_ + page_ - 1) / page_ * page_;
-    memory_ = static_cast<char*>(mmap(nullptr, pages_ + page_, PROT_READ | PROT_WRITE,
-                                      MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    memory_ = static_cast<char*>(
+        mmap(nullptr, pages_ + page_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     mprotect(memory_ + pages_, page_, PROT_NONE);
   }
   ~Guarded() { munmap(memory_, pages_ + page_); }

@@ -23,9 +23,7 @@ def run() -> Callable[..., tuple[np.ndarray, str]]:
 
     def call(name: str, argument: int, *, blocks: int = 1, threads: int = N, seed: int = 0):
         out = np.zeros(N, dtype=np.float32)
-        message = library.run_fault(
-            name.encode(), out.ctypes.data, argument, blocks, threads, seed
-        )
+        message = library.run_fault(name.encode(), out.ctypes.data, argument, blocks, threads, seed)
         return out, message.decode()
 
     return call
