@@ -87,9 +87,9 @@ __device__ inline float2 softmax_of(const DeformableParams& p, int64_t group) {
   return make_float2(largest, 1 / group_sum<G>(sum));
 }
 
-__device__ inline float weight_of(const DeformableParams& p, float2 softmax, int64_t index) {
-  const float weight = load_number(p.weights, p.weight_type, index);
-  return p.reference ? expf(weight - softmax.x) * softmax.y : weight;
+// From what was read of the weights, which may be logits.
+__device__ inline float weight_of(const DeformableParams& p, float2 softmax, float read) {
+  return p.reference ? expf(read - softmax.x) * softmax.y : read;
 }
 
 // From a point to pixels of its level, whose centres lie at whole numbers: origin + point * step.
@@ -115,8 +115,7 @@ __device__ inline ToPixels to_pixels(const DeformableParams& p, Level level, int
 
 // No contraction: at a border the last bit decides whether a point is inside, and there the
 // implementations must agree.
-__device__ inline float2 pixel_of(const DeformableParams& p, const ToPixels& map, int64_t index) {
-  const float2 at = __ldg(static_cast<const float2*>(p.points) + index);
+__device__ inline float2 pixel_of(const ToPixels& map, float2 at) {
   return make_float2(__fadd_rn(map.origin.x, __fmul_rn(at.x, map.step.x)),
                      __fadd_rn(map.origin.y, __fmul_rn(at.y, map.step.y)));
 }
@@ -143,29 +142,42 @@ __device__ inline void place_sample(const DeformableParams& p, Level level, floa
   *corners = make_int2(level.width, held);
 }
 
-// Samples [begin, begin + kPerGroup) of the warp's groups, the first of which is `first`.
+// Samples [begin, begin + kPerGroup) of the warp's groups, the first of which is `first`. What
+// comes from far away is asked for kAhead samples at a time; more would not fit the registers.
 template <int G>
 __device__ inline void stage(const DeformableParams& p, const Level* levels,
                              const Staged<G>& staged, int64_t first, int64_t n_groups, int begin) {
   using S = Staged<G>;
+  constexpr int kAhead = 2;
   const int n_points = static_cast<int>(p.n_points);
   const int n_samples = static_cast<int>(p.n_levels) * n_points;
   __syncwarp();
-  for (int slot = threadIdx.x % 32; slot < kSlots; slot += 32) {
-    const int local = slot / S::kPerGroup, sample = begin + slot % S::kPerGroup;
-    const int at = local * S::kRow + slot % S::kPerGroup;
-    const int64_t group = first + local;
-    if (sample >= n_samples || group >= n_groups) {
-      staged.place[at] = make_float4(0, 0, 0, 0);
-      staged.corners[at] = make_int2(0, 0);
-      continue;
+#pragma unroll 1
+  for (int slot = threadIdx.x % 32; slot < kSlots; slot += 32 * kAhead) {
+    float2 point[kAhead];
+    float weight[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int sample = begin + (slot + 32 * i) % S::kPerGroup;
+      const int64_t group = first + (slot + 32 * i) / S::kPerGroup;
+      // a NaN lies outside
+      point[i] = make_float2(NAN, NAN);
+      weight[i] = 0;
+      if (sample >= n_samples || group >= n_groups) continue;
+      const int64_t index = group * n_samples + sample;
+      point[i] = __ldg(static_cast<const float2*>(p.points) + index);
+      weight[i] = load_number(p.weights, p.weight_type, index);
     }
-    const int64_t index = group * n_samples + sample;
-    const int level = sample / n_points;
-    const float2 pixel = pixel_of(p, to_pixels(p, levels[level], group, level), index);
-    const float2 softmax = p.reference ? staged.softmax[local] : make_float2(0, 0);
-    place_sample(p, levels[level], pixel, weight_of(p, softmax, index), staged.place + at,
-                 staged.corners + at);
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int local = (slot + 32 * i) / S::kPerGroup, column = (slot + 32 * i) % S::kPerGroup;
+      const int level = min((begin + column) / n_points, static_cast<int>(p.n_levels) - 1);
+      const int64_t group = min(first + local, n_groups - 1);
+      const float2 softmax = p.reference ? staged.softmax[local] : make_float2(0, 0);
+      place_sample(p, levels[level], pixel_of(to_pixels(p, levels[level], group, level), point[i]),
+                   weight_of(p, softmax, weight[i]), staged.place + local * S::kRow + column,
+                   staged.corners + local * S::kRow + column);
+    }
   }
   __syncwarp();
 }

@@ -217,14 +217,14 @@ __device__ inline void through_softmax(const DeformableBackward& p, float2 softm
   const int64_t base = group * n_samples;
   float* gradient = static_cast<float*>(p.d_weights) + base;
   __syncwarp();
+  const auto weight = [&](int s) {
+    return weight_of(p.in, softmax, load_number(p.in.weights, p.in.weight_type, base + s));
+  };
   float mean = 0;
-  for (int s = threadIdx.x % G; s < n_samples; s += G)
-    mean += weight_of(p.in, softmax, base + s) * gradient[s];
+  for (int s = threadIdx.x % G; s < n_samples; s += G) mean += weight(s) * gradient[s];
   mean = group_sum<G>(mean);
-  // lanes behind the last group share its numbers and must read them before they change
-  __syncwarp();
   for (int s = threadIdx.x % G; live && s < n_samples; s += G)
-    gradient[s] = weight_of(p.in, softmax, base + s) * (gradient[s] - mean);
+    gradient[s] = weight(s) * (gradient[s] - mean);
 }
 
 // Grid: any number of blocks over [B * Q * H] groups; a group's lanes stride over its channels.

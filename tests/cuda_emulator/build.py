@@ -24,7 +24,7 @@ KERNEL_FLAGS = ["-O1", "-ffp-contract=off", "-x", "c++"]
 
 
 def emulated_core() -> ModuleType:
-    """The CUDA launchers of survfuse._native, on CPU memory; a test without a compiler is skipped."""
+    """The CUDA launchers of survfuse._native on CPU memory; skips the test without a compiler."""
     sources = [
         *sorted((ROOT / "csrc/cuda").glob("multi_scale_deformable_attention*.cu")),
         ROOT / "csrc/multi_scale_deformable_attention_bindings.cpp",

@@ -195,6 +195,39 @@ def test_what_is_not_finite_makes_fixed_point_sums_nan(form: str, where: str, ba
 
 
 @every_form
+def test_what_is_not_finite_spreads_no_further_than_in_torch(form: str) -> None:
+    """An infinite gradient of a query does not reach corners outside the image."""
+    case = Case("small levels", shapes=((5, 7), (1, 3)), batch=1, queries=30, heads=1, points=1)
+    call = make_call(case, form).to(torch.float32)
+    d_out = torch.ones(1, 30, 8)
+    d_out[:, ::9] = torch.inf
+    tensors = list(call.tensors.values())
+    expected = torch.autograd.grad(call.run("reference"), tensors, d_out)
+    got = torch.autograd.grad(call.run("native"), tensors, d_out)
+    for name, ours, theirs in zip(call.tensors, got, expected, strict=True):
+        assert torch.equal(ours.isfinite(), theirs.isfinite()), name
+        assert theirs.isfinite().any()
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_bad_weights_do_no_harm_outside_the_image(bad: float) -> None:
+    """Corners outside bring nothing, whatever the weight of their sample."""
+    case = Case("half outside", shapes=((2, 2),), batch=1, queries=40, heads=1, points=1)
+    call = make_call(case).to(torch.float32)
+    call.tensors["attention_weights"].detach()[:, ::2] = bad
+    call.tensors["value"].detach().abs_()
+    tensors = list(call.tensors.values())
+    results = []
+    for backend in ("reference", "native"):
+        out = call.run(backend)
+        results.append([out, *torch.autograd.grad(out, tensors, torch.ones_like(out))])
+    for theirs, ours in zip(*results, strict=True):
+        assert torch.equal(ours.isfinite(), theirs.isfinite())
+    assert torch.equal(results[1][0].isnan(), results[0][0].isnan())
+    assert not results[0][0].isfinite().all()
+
+
+@every_form
 def test_gradients_nobody_wants_are_not_written(form: str) -> None:
     call = make_call(CASES[1], form).to(torch.bfloat16)
     value, samples = samples_of(call)
@@ -246,11 +279,12 @@ def test_senseless_shapes_are_no_memory_error(shapes) -> None:
     call = make_call(Case("any", shapes=((4, 4), (2, 3)), points=8)).to(torch.float32)
     value, samples = samples_of(call, torch.tensor(shapes))
     needs = SamplingNeeds(True, True, True, False)
-    with guarded(value, samples) as (inside, kept):
-        out, _ = cuda.multi_scale_deformable_attention_forward(inside, kept)
-        arguments = (torch.ones(2, 9, 16), None, inside, kept, needs)
-        cuda.multi_scale_deformable_attention_backward(*arguments)
-    assert out.shape == (2, 9, 16)
+    for at_end in (False, True):
+        with guarded(value, samples, at_end=at_end) as (inside, kept):
+            out, _ = cuda.multi_scale_deformable_attention_forward(inside, kept)
+            arguments = (torch.ones(2, 9, 16), None, inside, kept, needs)
+            cuda.multi_scale_deformable_attention_backward(*arguments)
+        assert out.isfinite().all()
 
 
 @contextmanager
