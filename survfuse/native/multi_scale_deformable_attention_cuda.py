@@ -18,6 +18,7 @@ _ALIGNMENT = 16
 _LONGEST_STRIDE = 2**31 - 1
 # bits of a fixed-point sum: 63 without the sign, one to spare for roundings
 _FIXED_BITS = 62
+_LARGEST_EXPONENT = 126
 
 
 def multi_scale_deformable_attention_forward(value: Tensor, samples: Samples) -> Sampled:
@@ -74,7 +75,7 @@ def _fixed_scale(d_out: Tensor, lse: Tensor | None, samples: Samples) -> Tensor:
     """[2] fp32 on the device: powers of two whose product makes contributions whole numbers.
 
     The largest contribution times as many as a pixel can get stays within 62 bits. NaN where
-    anything that is summed is not finite: the sums then are NaN, everywhere.
+    something that is summed may not be finite: the sums then are NaN, everywhere.
     """
     n_queries, n_points = samples.points.shape[1], samples.points.shape[4]
     if d_out.numel() == 0 or samples.weights.numel() == 0:
@@ -85,12 +86,13 @@ def _fixed_scale(d_out: Tensor, lse: Tensor | None, samples: Samples) -> Tensor:
     else:
         # weights of a softmax are at most 1, or NaN where lse is not finite
         bound = bound + (lse - lse).sum()
-    exponent = torch.frexp(bound).exponent
-    exponent = _FIXED_BITS - (n_queries * n_points).bit_length() - exponent
+    exponent = _FIXED_BITS - (n_queries * n_points).bit_length() - torch.frexp(bound).exponent
+    # a normal number of fp32 each: smaller contributions than these resolve do not exist
+    exponent = exponent.clamp(-2 * _LARGEST_EXPONENT, 2 * _LARGEST_EXPONENT)
     half = exponent // 2
-    one = torch.ones((), dtype=torch.float64, device=d_out.device)
-    scale = torch.stack([torch.ldexp(one, half), torch.ldexp(one, exponent - half)])
-    return torch.where(bound.isfinite(), scale, torch.nan).float()
+    bits = (torch.stack([half, exponent - half]).to(torch.int32) + 127) << 23
+    # an infinite product of finite numbers is as bad as an infinite one
+    return torch.where(bound.float().isfinite(), bits.view(torch.float32), torch.nan)
 
 
 def _largest(tensor: Tensor) -> Tensor:
