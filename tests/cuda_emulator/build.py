@@ -21,6 +21,8 @@ FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-DSURVFUSE_WITH_CUDA=1"]
 FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi"]
 # products and sums are contracted only where a kernel says so, as the emulated intrinsics promise
 KERNEL_FLAGS = ["-O1", "-ffp-contract=off", "-x", "c++"]
+# an address that a GPU would refuse stops the launch
+KERNEL_FLAGS += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
 
 
 def emulated_core() -> ModuleType:

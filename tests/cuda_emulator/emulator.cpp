@@ -17,6 +17,12 @@
 // bounds of the static shared memory of all kernels, set by the linker; absent where none has any
 extern "C" __attribute__((weak)) char __start_emulated_shared[], __stop_emulated_shared[];
 
+#if defined(__x86_64__)
+#define TRAP_SIGNAL SIGILL
+#else
+#define TRAP_SIGNAL SIGTRAP
+#endif
+
 namespace emulator {
 namespace {
 
@@ -151,10 +157,11 @@ bool run_block() {
   return finished();
 }
 
-// A fault of a kernel ends the launch; SA_NODEFER, since nobody returns from here.
-void on_fault(int, siginfo_t* info, void*) {
-  char text[64];
-  std::snprintf(text, sizeof text, "invalid access to %p", info->si_addr);
+// A fault of a kernel ends the launch; SA_NODEFER, since nobody returns from here. Kernels are
+// compiled to trap on an address that is not a multiple of what is read there.
+void on_fault(int signal, siginfo_t* info, void*) {
+  char text[64] = "misaligned access";
+  if (signal == SIGSEGV) std::snprintf(text, sizeof text, "invalid access to %p", info->si_addr);
   machine.error = text;
   _longjmp(machine.home, 2);
 }
@@ -165,12 +172,15 @@ class FaultHandler {
     struct sigaction action = {};
     action.sa_sigaction = on_fault;
     action.sa_flags = SA_SIGINFO | SA_NODEFER;
-    sigaction(SIGSEGV, &action, &before_);
+    for (int i = 0; i < 2; ++i) sigaction(kSignals[i], &action, &before_[i]);
   }
-  ~FaultHandler() { sigaction(SIGSEGV, &before_, nullptr); }
+  ~FaultHandler() {
+    for (int i = 0; i < 2; ++i) sigaction(kSignals[i], &before_[i], nullptr);
+  }
 
  private:
-  struct sigaction before_;
+  static constexpr int kSignals[] = {SIGSEGV, TRAP_SIGNAL};
+  struct sigaction before_[2];
 };
 
 // Memory that ends where an inaccessible page begins, full of NaN.

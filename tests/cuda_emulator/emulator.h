@@ -5,7 +5,7 @@
 // anew each time. So a missing barrier shows as a result that depends on the seed, or as the NaN
 // that shared memory holds before anybody wrote it; a barrier that not all threads reach, as an
 // error, as does an access to memory that is not there, such as the page behind the end of dynamic
-// shared memory.
+// shared memory, or to an address that is not a multiple of the size of what is read.
 #pragma once
 
 #include <cstddef>

@@ -33,6 +33,11 @@ __global__ void overflow_kernel(float* out, int excess) {
   out[threadIdx.x] = shared[threadIdx.x];
 }
 
+// Writes two numbers at once, `offset` numbers from where that is allowed.
+__global__ void misaligned_kernel(float* out, int offset) {
+  *reinterpret_cast<float2*>(out + offset) = make_float2(1, 2);
+}
+
 // The sum over all blocks, in the order they come.
 __global__ void sum_kernel(float* out, int) {
   atomicAdd(out, 1.0f / static_cast<float>(1 + threadIdx.x + blockIdx.x * blockDim.x));
@@ -46,11 +51,12 @@ extern "C" __attribute__((visibility("default"))) const char* run_fault(const ch
                                                                         uint64_t seed) {
   emulator::set_order(seed);
   const std::string kernel = name;
-  const auto chosen = kernel == "rotate"      ? rotate_kernel
-                      : kernel == "static"    ? static_kernel
-                      : kernel == "divergent" ? divergent_kernel
-                      : kernel == "overflow"  ? overflow_kernel
-                                              : sum_kernel;
+  const auto chosen = kernel == "rotate"       ? rotate_kernel
+                      : kernel == "static"     ? static_kernel
+                      : kernel == "divergent"  ? divergent_kernel
+                      : kernel == "overflow"   ? overflow_kernel
+                      : kernel == "misaligned" ? misaligned_kernel
+                                               : sum_kernel;
   static std::string message;
   try {
     launch("a faulty kernel", chosen, n_blocks, n_threads, n_threads * sizeof(float), nullptr, out,

@@ -66,6 +66,13 @@ def test_an_access_behind_shared_memory_is_an_error(run) -> None:
     assert run("overflow", 0)[1] == ""
 
 
+def test_a_misaligned_access_is_an_error(run) -> None:
+    out, error = run("misaligned", 2)
+    assert not error
+    assert out[2:4].tolist() == [1, 2]
+    assert run("misaligned", 1)[1] == "a faulty kernel: misaligned access"
+
+
 def test_the_seed_decides_the_order_of_sums(run) -> None:
     sums = {float(run("sum", 0, blocks=9, seed=seed)[0][0]) for seed in range(1, 9)}
     assert len(sums) > 1

@@ -329,6 +329,15 @@ def test_nothing_beside_the_tensors_is_touched(core, form: str, at_end: bool) ->
                 core.deformable_backward_cuda(fields)
 
 
+def test_points_on_pixels_fall_to_the_side_they_fall_to_in_torch() -> None:
+    """One rounding more or less decides on which side of a pixel the slopes are taken."""
+    case = Case("odd sizes", shapes=((7, 13), (9, 11)), where="integers", queries=99, batch=1)
+    call = make_call(case).to(torch.float32)
+    expected = result_and_gradients(call, call.run("reference"))
+    got = result_and_gradients(call, call.run("native"))
+    torch.testing.assert_close(got["sampling_locations"], expected["sampling_locations"])
+
+
 def test_strided_and_misaligned_values() -> None:
     """Views with a unit last stride are read where they lie, 16 bytes at a time or one by one."""
     call = make_call(Case("width 16", dim=16)).to(torch.bfloat16)
