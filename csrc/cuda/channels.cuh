@@ -18,6 +18,10 @@ struct WordOf<16> {
   using type = uint4;
 };
 template <>
+struct WordOf<8> {
+  using type = uint2;
+};
+template <>
 struct WordOf<4> {
   using type = uint32_t;
 };
@@ -68,24 +72,29 @@ struct Channels {
   }
 };
 
-// target[i] += x[i], atomically: four numbers a request where the processor has such (sm_90).
+// target[i] += x[i], atomically: up to four numbers a request where the processor has such (sm_90).
 template <int V>
 __device__ inline void add_atomically(float* target, const float (&x)[V]) {
-  if constexpr (V % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < V; i += 4) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  constexpr int kStep = V % 4 == 0 ? 4 : V % 2 == 0 ? 2 : 1;
+#pragma unroll
+  for (int i = 0; i < V; i += kStep) {
+    if constexpr (kStep == 4) {
       asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(target + i),
                    "f"(x[i]), "f"(x[i + 1]), "f"(x[i + 2]), "f"(x[i + 3])
                    : "memory");
-#else
-      for (int j = 0; j < 4; ++j) atomicAdd(target + i + j, x[i + j]);
-#endif
+    } else if constexpr (kStep == 2) {
+      asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(target + i), "f"(x[i]),
+                   "f"(x[i + 1])
+                   : "memory");
+    } else {
+      atomicAdd(target + i, x[i]);
     }
-  } else {
-#pragma unroll
-    for (int i = 0; i < V; ++i) atomicAdd(target + i, x[i]);
   }
+#else
+#pragma unroll
+  for (int i = 0; i < V; ++i) atomicAdd(target + i, x[i]);
+#endif
 }
 
 // The same in fixed point. Two factors make the scale, which need not be a number of fp32.

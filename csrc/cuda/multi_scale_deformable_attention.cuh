@@ -221,31 +221,41 @@ struct Width {
   static constexpr int V = CHANNELS, G = GROUP;
 };
 
-template <class T, class Run>
-void run_at_width(int64_t dim, bool aligned, const Run& run) {
-  constexpr int V = 16 / sizeof(T);
-  if (!aligned || dim % V) {
-    if (dim <= 8) return run(Width<T, 1, 8>{});
-    return run(Width<T, 1, 32>{});
+// Whether V channels of T can be read at once everywhere; `others` are further addresses.
+template <class T, int V>
+bool is_aligned(const DeformableParams& p, std::initializer_list<const void*> others) {
+  bool aligned = (p.dim | p.batch_stride | p.row_stride | p.head_stride) % V == 0;
+  aligned &= reinterpret_cast<uintptr_t>(p.value) % (V * sizeof(T)) == 0;
+  for (const void* other : others)
+    aligned &= reinterpret_cast<uintptr_t>(other) % (V * sizeof(T)) == 0;
+  return aligned;
+}
+
+template <class T, int V, class Run>
+void run_at_group(int64_t dim, const Run& run) {
+  constexpr bool kWide = V * sizeof(T) == 16;
+  // fewer kernels for head sizes that nobody chooses for speed
+  if constexpr (kWide) {
+    if (dim <= 2 * V) return run(Width<T, V, 2>{});
+    if (dim <= 4 * V) return run(Width<T, V, 4>{});
   }
-  if (dim <= 2 * V) return run(Width<T, V, 2>{});
-  if (dim <= 4 * V) return run(Width<T, V, 4>{});
   if (dim <= 8 * V) return run(Width<T, V, 8>{});
-  if (dim <= 16 * V) return run(Width<T, V, 16>{});
+  if constexpr (kWide) {
+    if (dim <= 16 * V) return run(Width<T, V, 16>{});
+  }
   return run(Width<T, V, 32>{});
 }
 
-// Calls `run` with the Width for this call; `others` are further addresses of channels.
+// Calls `run` with the Width for this call.
 template <class Run>
 void run_at_type(const DeformableParams& p, std::initializer_list<const void*> others,
                  const Run& run) {
   const auto at_type = [&](auto zero) {
     using T = decltype(zero);
-    const int64_t V = 16 / sizeof(T);
-    bool aligned = (p.batch_stride | p.row_stride | p.head_stride) % V == 0;
-    aligned &= reinterpret_cast<uintptr_t>(p.value) % 16 == 0;
-    for (const void* other : others) aligned &= reinterpret_cast<uintptr_t>(other) % 16 == 0;
-    run_at_width<T>(p.dim, aligned, run);
+    constexpr int V = 16 / sizeof(T);
+    if (is_aligned<T, V>(p, others)) return run_at_group<T, V>(p.dim, run);
+    if (is_aligned<T, 2>(p, others)) return run_at_group<T, 2>(p.dim, run);
+    return run_at_group<T, 1>(p.dim, run);
   };
   switch (p.value_type) {
     case ElementType::kFloat32:

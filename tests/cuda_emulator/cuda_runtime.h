@@ -18,7 +18,7 @@
 // one copy for all blocks, which run one after another; poisoned before each
 #define __shared__ static __attribute__((section("emulated_shared")))
 
-struct uint2 {
+struct alignas(8) uint2 {
   uint32_t x, y;
 };
 struct alignas(8) int2 {
