@@ -278,6 +278,7 @@ inline void check_limits(const DeformableParams& p) {
   };
   limit("the number of rows of value", p.n_rows, INT32_MAX);
   limit("the stride between rows of value", p.row_stride, INT32_MAX);
+  limit("the number of channels of all heads", p.n_heads * p.dim, INT32_MAX);
   limit("the number of levels", p.n_levels, kMaxLevels);
   limit("the number of points", p.n_points, INT32_MAX / kMaxLevels);
   if (reinterpret_cast<uintptr_t>(p.points) % 8)

@@ -394,6 +394,7 @@ def test_logits_that_are_no_numbers_follow_torch() -> None:
         ({"n_rows": 2**31}, "number of rows of value is 2147483648; the CUDA"),
         ({"row_stride": 2**31}, "the stride between rows of value is 2147483648"),
         ({"n_points": 2**21}, "the number of points is 2097152"),
+        ({"dim": 2**30}, "the number of channels of all heads is 2147483648"),
         ({"value_type": 1}, "value is fp64; the CUDA kernels take fp32, bf16 and fp16"),
     ],
 )
