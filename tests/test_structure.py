@@ -28,6 +28,7 @@ NEUTRAL = {
     "pooling": {"ragged"},
     "attention": {"ragged"},
     "batch": {"ragged"},
+    "grid": {"ragged"},
     "extras": set(),
     "outcomes": set(),
     "baseline_hazard": {"outcomes"},

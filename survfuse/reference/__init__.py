@@ -16,6 +16,7 @@ from survfuse.reference.gated_attention_pool import (
 )
 from survfuse.reference.merge_attention import merge_attention
 from survfuse.reference.pool_bag import pool_bag, pool_weights
+from survfuse.reference.sample_bag import sample_bag
 from survfuse.reference.spread_tokens import spread_tokens
 from survfuse.reference.tokens_attend_bag import (
     tokens_attend_bag,
@@ -35,6 +36,7 @@ __all__ = [
     "merge_attention",
     "pool_bag",
     "pool_weights",
+    "sample_bag",
     "spread_tokens",
     "tokens_attend_bag",
     "tokens_attend_bag_weights",
