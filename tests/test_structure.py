@@ -27,6 +27,7 @@ NEUTRAL = {
     "ragged": set(),
     "pooling": {"ragged"},
     "attention": {"ragged"},
+    "position_bias": {"ragged"},
     "batch": {"ragged"},
     "grid": {"ragged"},
     "extras": set(),

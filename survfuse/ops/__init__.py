@@ -15,6 +15,10 @@ from survfuse.ops.grid_index import grid_index
 from survfuse.ops.merge_attention import merge_attention, merge_over_group
 from survfuse.ops.pool_bag import pool_bag
 from survfuse.ops.pool_weights import pool_weights
+from survfuse.ops.position_biased_attention import (
+    position_biased_attention,
+    position_biased_attention_with_lse,
+)
 from survfuse.ops.sample_bag import sample_bag
 from survfuse.ops.selection import selected_backend
 from survfuse.ops.spread_tokens import spread_tokens
@@ -47,6 +51,8 @@ __all__ = [
     "merge_over_group",
     "pool_bag",
     "pool_weights",
+    "position_biased_attention",
+    "position_biased_attention_with_lse",
     "sample_bag",
     "select_backend",
     "selected_backend",

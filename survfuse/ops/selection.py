@@ -10,6 +10,7 @@ from survfuse.ops.cross_attention import choose_for_heads
 from survfuse.ops.gated_attention_pool import select_gated_backend
 from survfuse.ops.gated_attention_weights import select_gated_weights_backend
 from survfuse.ops.pool_weights import check_weights_backend
+from survfuse.ops.position_biased_attention import choose_for_bias
 from survfuse.ops.sample_bag import check_sampling_backend
 from survfuse.ragged import Ragged, as_packed
 
@@ -28,9 +29,11 @@ def selected_backend(
     Args:
         op: "pool_bag", "pool_weights", "tokens_attend_bag", "bag_attends_tokens",
             "spread_tokens", "cross_attention", "gated_attention_pool",
-            "gated_attention_weights" or "sample_bag".
+            "gated_attention_weights", "position_biased_attention" (with an MLP that kernels
+            serve) or "sample_bag".
         tensors: the op's tensors in the order of the call, as far as they decide: rows, bag; query,
-            bag, w_k, w_v; bag, w_q, key, value; keys, values, bag; query, key, value; bag; bag.
+            bag, w_k, w_v; bag, w_q, key, value; keys, values, bag; query, key, value; bag; bag;
+            query, key, value; bag.
         ragged, absorb, backend: as in the call.
 
     Returns:
@@ -143,6 +146,12 @@ def _gated_attention_weights(bag: Tensor, *, backend: str | None, **_) -> Select
     return select_gated_weights_backend(backend, device=bag.device, dtype=bag.dtype)
 
 
+def _position_biased_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, backend: str | None, **_
+) -> Selection:
+    return choose_for_bias(key, value, 0, 0, True, backend)
+
+
 def _sample_bag(bag: Tensor, *, backend: str | None, **_) -> Selection:
     return check_sampling_backend(backend)
 
@@ -167,5 +176,6 @@ _OPS = {
     "cross_attention": (("query", "key", "value"), _cross_attention),
     "gated_attention_pool": (("bag",), _gated_attention_pool),
     "gated_attention_weights": (("bag",), _gated_attention_weights),
+    "position_biased_attention": (("query", "key", "value"), _position_biased_attention),
     "sample_bag": (("bag",), _sample_bag),
 }

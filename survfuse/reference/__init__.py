@@ -16,6 +16,10 @@ from survfuse.reference.gated_attention_pool import (
 )
 from survfuse.reference.merge_attention import merge_attention
 from survfuse.reference.pool_bag import pool_bag, pool_weights
+from survfuse.reference.position_biased_attention import (
+    position_biased_attention,
+    position_biased_attention_with_lse,
+)
 from survfuse.reference.sample_bag import sample_bag
 from survfuse.reference.spread_tokens import spread_tokens
 from survfuse.reference.tokens_attend_bag import (
@@ -36,6 +40,8 @@ __all__ = [
     "merge_attention",
     "pool_bag",
     "pool_weights",
+    "position_biased_attention",
+    "position_biased_attention_with_lse",
     "sample_bag",
     "spread_tokens",
     "tokens_attend_bag",
