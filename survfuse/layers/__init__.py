@@ -1,6 +1,10 @@
 """Modules shared by models."""
 
 from survfuse.layers.cross_attention import CrossAttention
+from survfuse.layers.deformable_cross_attention import (
+    DeformableAttended,
+    DeformableCrossAttention,
+)
 from survfuse.layers.feed_forward import GatedFeedForward
 from survfuse.layers.gated_attention_pool import GatedAttentionPool
 from survfuse.layers.latent_attention import BagCrossAttention, LatentSelfAttention
@@ -8,6 +12,8 @@ from survfuse.layers.latent_attention import BagCrossAttention, LatentSelfAttent
 __all__ = [
     "BagCrossAttention",
     "CrossAttention",
+    "DeformableAttended",
+    "DeformableCrossAttention",
     "GatedAttentionPool",
     "GatedFeedForward",
     "LatentSelfAttention",
