@@ -239,8 +239,9 @@ class DeformableCrossAttention(nn.Module):
             return points * self.downsample + (self.downsample - 1) / 2
         height, width = shape
         rows, columns = height // self.downsample, width // self.downsample
-        factor = (width / max(rows - 1, 1), height / max(columns - 1, 1))
-        return points * points.new_tensor(factor) - 0.5
+        x, y = points.unbind(-1)
+        x, y = x * (width / max(rows - 1, 1)), y * (height / max(columns - 1, 1))
+        return torch.stack([x, y], -1) - 0.5
 
     def _dense(self, query: Tensor, context: Tensor, height: int, width: int) -> DeformableAttended:
         n_bags, n_tokens = query.shape[:2]
