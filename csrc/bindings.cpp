@@ -1,4 +1,6 @@
 // survfuse._native: one line per launcher. Pointers are integers; Python checks before it calls.
+#include "bindings.h"
+
 #include <pybind11/pybind11.h>
 
 #include <string>
@@ -247,4 +249,5 @@ PYBIND11_MODULE(_native, m) {
   m.def("gated_attention_pool_workspace", &gated_workspace);
   m.def("gated_attention_pool_forward", &gated_attention_pool_forward);
   m.def("gated_attention_pool_backward", &gated_attention_pool_backward);
+  bind_position_biased_attention(m);
 }

@@ -44,6 +44,7 @@ from survfuse.reference.dropout import draw_seed
 
 _MODULES = {
     "tiled": "survfuse.tiled.position_biased_attention",
+    "native": "survfuse.native.position_biased_attention",
 }
 
 
