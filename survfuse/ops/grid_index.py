@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ _NO_ROW = 2**31 - 1
 def grid_index(
     coords: Tensor,
     *,
-    patch_size: float,
+    patch_size: float | Sequence[float] | Tensor,
     ragged: Ragged | None = None,
     tolerance: float = 0.01,
     duplicates: str = "error",
@@ -33,8 +34,10 @@ def grid_index(
         coords: [T, 2] (x, y) of the upper left corner of each stored patch: integers, or fp32 or
             fp64 numbers. Level-0 pixels, or any other unit. Rows in no bag are never read.
         patch_size: the distance from one patch to the next, in the same unit: for pixels that of
-            level 0 (`patch_size_level0`), less the overlap.
-        ragged: the range of rows of each bag; None is one bag. Bags may overlap and repeat.
+            level 0 (`patch_size_level0`), less the overlap. One number, or B of them, since slides
+            were scanned at different magnifications.
+        ragged: the range of rows of each bag; None is one bag. Bags may overlap and repeat. A bag
+            of several slides has several grids: give one range for each slide.
         tolerance: fraction of a patch by which a corner may miss its cell, at most 0.5. A tool that
             starts a grid of its own in every piece of tissue misses by up to 0.5.
         duplicates: what to do with two patches in one cell: "error", or "first", which keeps the
@@ -59,7 +62,8 @@ def grid_index(
         tensor([[ 1,  0],
                 [-1,  2]], dtype=torch.int32)
     """
-    ragged = _check(coords, patch_size, ragged, tolerance, duplicates)
+    ragged = _check(coords, ragged, tolerance, duplicates)
+    size = _sizes(patch_size, ragged)
     bag, row = _rows_of_bags(ragged)
     place = coords[row].to(torch.float64 if coords.is_floating_point() else torch.int64)
     if place.is_floating_point() and not bool(place.isfinite().all()):
@@ -69,9 +73,9 @@ def grid_index(
             "they must be finite"
         )
     origin = _per_bag(place, bag, ragged.n_bags, "amin")
-    relative = (place - origin[bag]).to(torch.float64) / patch_size
+    relative = (place - origin[bag]).to(torch.float64) / size[bag, None]
     cell = relative.round()
-    _check_on_grid(place, relative - cell, bag, row, patch_size, tolerance)
+    _check_on_grid(place, relative - cell, bag, row, size, tolerance)
     # fp64 holds what an outlying corner would make of height * width
     shapes = _per_bag(cell, bag, ragged.n_bags, "amax").flip(1) + 1.0
     shapes = torch.where(ragged.lengths[:, None] > 0, shapes, 0.0)
@@ -88,9 +92,7 @@ def grid_index(
     return GridIndex(torch.where(index == _NO_ROW, -1, index), offsets, shapes)
 
 
-def _check(
-    coords: Tensor, patch_size: float, ragged: Ragged | None, tolerance: float, duplicates: str
-) -> Ragged:
+def _check(coords: Tensor, ragged: Ragged | None, tolerance: float, duplicates: str) -> Ragged:
     if not isinstance(coords, Tensor):
         raise TypeError(f"coords is {type(coords).__name__}; it must be a tensor")
     if coords.dtype not in (*_INTEGERS, *_FLOATS):
@@ -102,9 +104,6 @@ def _check(
         raise ValueError(f"coords has shape {tuple(coords.shape)}; it must be [T, 2]")
     if coords.shape[0] > _NO_ROW:
         raise ValueError(f"coords has {coords.shape[0]} rows; there must be fewer than 2^31")
-    check_number("patch_size", patch_size)
-    if not 0 < patch_size < math.inf:
-        raise ValueError(f"patch_size is {patch_size}; it must be positive and finite")
     check_number("tolerance", tolerance)
     if not 0 <= tolerance <= 0.5:
         raise ValueError(f"tolerance is {tolerance}; it must be at least 0 and at most 0.5")
@@ -115,6 +114,26 @@ def _check(
     check_ragged("ragged", ragged, "coords", coords.device)
     ragged.check(coords.shape[0])
     return ragged
+
+
+def _sizes(patch_size: float | Sequence[float] | Tensor, ragged: Ragged) -> Tensor:
+    """The patch size of each bag, [B] fp64."""
+    if not isinstance(patch_size, Sequence | Tensor) or isinstance(patch_size, str):
+        check_number("patch_size", patch_size)
+        patch_size = [patch_size] * ragged.n_bags if ragged.n_bags else [patch_size]
+    sizes = torch.as_tensor(patch_size, dtype=torch.float64, device=ragged.starts.device)
+    if sizes.dim() == 0:
+        sizes = sizes.expand(ragged.n_bags)
+    wrong = ~((sizes > 0) & sizes.isfinite())
+    if bool(wrong.any()):
+        found = sizes[wrong][0].item()
+        raise ValueError(f"patch_size is {found}; it must be positive and finite")
+    if sizes.dim() != 1 or ragged.n_bags not in (0, sizes.shape[0]):
+        raise ValueError(
+            f"patch_size has shape {tuple(sizes.shape)}; it must be one number or {ragged.n_bags}, "
+            "one for each bag"
+        )
+    return sizes
 
 
 def _rows_of_bags(ragged: Ragged) -> tuple[Tensor, Tensor]:
@@ -137,7 +156,7 @@ def _check_on_grid(
     miss: Tensor,
     bag: Tensor,
     row: Tensor,
-    patch_size: float,
+    sizes: Tensor,
     tolerance: float,
 ) -> None:
     # of all corners the one that lies farthest off, so that the tolerance named accepts the rest
@@ -145,12 +164,12 @@ def _check_on_grid(
     if not bool(worst > tolerance):
         return
     at, axis = divmod(int(miss.abs().argmax()), 2)
-    share = float(miss[at, axis])
+    share, size = float(miss[at, axis]), float(sizes[bag[at]])
     needed = min(0.5, math.ceil(abs(share) * 1000) / 1000)
     raise ValueError(
         f"coords of row {int(row[at])} (bag {int(bag[at])}): {'xy'[axis]} = "
-        f"{place[at, axis].item():g} misses the grid of its bag by {share * patch_size:g}, "
-        f"{share:+.3f} of patch_size = {patch_size:g}; it must lie a whole number of patches from "
+        f"{place[at, axis].item():g} misses the grid of its bag by {share * size:g}, "
+        f"{share:+.3f} of patch_size = {size:g}; it must lie a whole number of patches from "
         "the bag's first corner. Either patch_size is not the distance between patches in the unit "
         "of coords, or each piece of tissue has a grid of its own: then "
         f"tolerance={needed:g} takes the nearest cell for every patch"

@@ -67,6 +67,18 @@ def test_every_patch_is_found_in_its_cell(scale, origin, dtype) -> None:
         grid.check(len(cells))
 
 
+def test_slides_of_different_magnification() -> None:
+    cells, ragged = scattered(), Ragged.from_ranges([0, 4, 4], [4, 5, 0])
+    coords = cells * torch.tensor([256] * 4 + [512] * 5)[:, None]
+    for sizes in ([256, 512, 7], torch.tensor([256.0, 512.0, 7.0])):
+        grid = ops.grid_index(coords, patch_size=sizes, ragged=ragged)
+        assert as_dicts(grid) == by_loop(cells, ragged)
+    one = ops.grid_index(cells, patch_size=torch.tensor(1), ragged=ragged)
+    assert as_dicts(one) == by_loop(cells, ragged)
+    with pytest.raises(ValueError, match=r"\(bag 0\).* of patch_size = 512"):
+        ops.grid_index(coords, patch_size=[512, 256, 7], ragged=ragged)
+
+
 def test_empty_bags_and_no_bags() -> None:
     coords = scattered() * 64
     ragged = Ragged.from_ranges([9, 2, 0], [0, 1, 0])
@@ -169,11 +181,14 @@ def test_corners_far_from_zero_lose_nothing(shift: int) -> None:
         ({"coords": torch.zeros(3, 2) > 0}, TypeError, "coords is torch.bool"),
         ({"coords": torch.zeros(3, 3)}, ValueError, r"coords has shape \(3, 3\); .* \[T, 2\]"),
         ({"coords": torch.zeros(2)}, ValueError, r"coords has shape \(2,\)"),
-        ({"patch_size": 0}, ValueError, "patch_size is 0; it must be positive"),
+        ({"patch_size": 0}, ValueError, "patch_size is 0.0; it must be positive"),
         ({"patch_size": -1.0}, ValueError, "patch_size is -1.0"),
         ({"patch_size": float("nan")}, ValueError, "patch_size is nan"),
         ({"patch_size": float("inf")}, ValueError, "patch_size is inf"),
         ({"patch_size": "256"}, TypeError, "patch_size is '256'; it must be a number"),
+        ({"patch_size": [1, 1]}, ValueError, r"patch_size has shape \(2,\); .* one number or 1"),
+        ({"patch_size": torch.ones(1, 1)}, ValueError, r"patch_size has shape \(1, 1\)"),
+        ({"patch_size": [torch.nan]}, ValueError, "patch_size is nan"),
         ({"tolerance": 0.6}, ValueError, "tolerance is 0.6; .* at most 0.5"),
         ({"tolerance": None}, TypeError, "tolerance is None"),
         ({"duplicates": "last"}, ValueError, "duplicates is 'last'"),
