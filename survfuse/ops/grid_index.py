@@ -74,7 +74,8 @@ def grid_index(
         )
     origin = _per_bag(place, bag, ragged.n_bags, "amin")
     relative = (place - origin[bag]).to(torch.float64) / size[bag, None]
-    cell = relative.round()
+    # not round(), which would put the halves 1.5 and 2.5 of one piece of tissue into one cell
+    cell = (relative + 0.5).floor()
     _check_on_grid(place, relative - cell, bag, row, size, tolerance)
     # fp64 holds what an outlying corner would make of height * width
     shapes = _per_bag(cell, bag, ragged.n_bags, "amax").flip(1) + 1.0

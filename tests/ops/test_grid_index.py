@@ -131,6 +131,14 @@ def test_the_tolerance_that_is_named_accepts_every_patch() -> None:
     assert as_dicts(grid)[0] == {(0, 0): 0, (1, 0): 1, (1, 1): 2, (5, 3): 3, (6, 3): 4}
 
 
+def test_a_piece_half_a_patch_off_keeps_its_patches_apart() -> None:
+    piece = torch.tensor([[0, 0], [2, 0], [4, 0], [6, 0], [2, 2], [2, 4]])
+    coords = torch.cat([piece, piece + torch.tensor([41, 5])])
+    grid = ops.grid_index(coords, patch_size=2, tolerance=0.5)
+    cells = torch.cat([piece // 2, piece // 2 + torch.tensor([21, 3])])
+    assert as_dicts(grid) == by_loop(cells, Ragged.from_lengths([12]))
+
+
 def test_two_patches_in_one_cell() -> None:
     coords = torch.tensor([[0, 0], [64, 0], [64, 64], [64, 0], [0, 0]])
     ragged = Ragged.from_ranges([1, 0], [4, 5])
