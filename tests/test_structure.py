@@ -39,7 +39,7 @@ NEUTRAL = {
 ARROWS = {
     "cli": {"training", "evaluation", "data", "benchmarks"},
     # measures what users call; nothing but the command that runs it knows of it
-    "benchmarks": {"models", "ops"},
+    "benchmarks": {"models", "layers", "ops"},
     "training": {"evaluation", "models", "data"},
     "evaluation": set(),
     "models": {"layers", "ops"},
