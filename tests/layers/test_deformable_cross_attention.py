@@ -282,7 +282,22 @@ def test_table_and_reference_are_near() -> None:
     torch.testing.assert_close(layer(query, context, **options).tokens, exact)
     layer.backend, layer.bias = None, "table"
     table = layer(query, context, **options).tokens
-    assert 0 < float((table - exact).detach().abs().max()) < 1e-2
+    error = float((table - exact).detach().abs().max())
+    assert 0 < error < 1e-2
+    layer.table_size = 16
+    coarse = layer(query, context, **options).tokens
+    assert float((coarse - exact).detach().abs().max()) > 4 * error
+
+
+def test_corners_at_the_outline_count_as_told() -> None:
+    query, context, grid = sparse_bags()
+    outs = []
+    for corners in ("zero", "renormalise"):
+        torch.manual_seed(0)
+        layer = make_layer(corners=corners)
+        outs.append(layer(query, context, grid=grid, ragged=RANGES))
+    torch.testing.assert_close(outs[0].points, outs[1].points)
+    assert not torch.allclose(outs[0].tokens, outs[1].tokens)
 
 
 def test_sixteen_bits_keep_their_points() -> None:

@@ -17,8 +17,8 @@ from tests.ops.tolerance import assert_within_budget
 BACKENDS = ["reference", "tiled"]
 CORNERS = ["zero", "renormalise"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-# overlapping, empty and repeated bags; rows 9 and 10 are in none and hold NaN
-RANGES = Ragged.from_ranges([0, 4, 4, 0, 0], [6, 5, 0, 6, 9])
+# overlapping, empty and repeated bags; rows 0 and 10 are in none and hold NaN
+RANGES = Ragged.from_ranges([1, 5, 5, 1, 1], [6, 5, 0, 6, 9])
 SPECIAL = [
     *((0.0, 0.0), (2.0, 1.0), (-1.0, -1.0), (-0.5, 2.0), (1.0, -0.25), (4.5, 3.5), (6.0, 4.0)),
     *((float("nan"), 1.0), (1.0, float("inf")), (-float("inf"), 0.0), (1e30, 1.0), (-1e9, -1e9)),
@@ -187,7 +187,21 @@ def test_outside_and_nan_are_zeros_with_zero_gradients(backend) -> None:
             assert not d_points[:, :, column].any()
         assert samples.isfinite().all()
         assert d_bag.isfinite().all()
-        assert not d_bag[9:].any()
+        assert not d_bag[[0, 10]].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_of_nan_stays_where_its_point_is(backend) -> None:
+    """A patch that a point does not touch takes no part in its gradient, not even times zero."""
+    grid = ops.grid_index(torch.tensor([[0, 0], [5, 0], [6, 0]]), patch_size=1)
+    bag = torch.ones(3, 1, requires_grad=True)
+    points = torch.tensor([[0.0, 0.0], [4.5, 0.0], [9.0, 9.0]])[None, None]
+    samples = ops.sample_bag(bag, grid, points, backend=backend)
+    up = torch.tensor([1.0, torch.nan, torch.nan]).view(1, 1, 3, 1)
+    (d_bag,) = torch.autograd.grad(samples, bag, up)
+    assert d_bag[0].item() == 1.0
+    assert d_bag[1].isnan()
+    assert d_bag[2].item() == 0.0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

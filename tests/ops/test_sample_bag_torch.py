@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch._dynamo.utils
 
-from survfuse import Ragged, ops
+from survfuse import Ragged, ops, reference
 from tests.ops.test_sample_bag import BACKENDS, CORNERS, differentiate, make, run, to
 
 
@@ -98,6 +98,8 @@ def test_on_a_device_rows_outside_are_no_tissue() -> None:
     assert sample_bag_forward(bag, grid, points, False).flatten().tolist() == [5.0, 6.0, 0.0]
     cut = grid._replace(index=torch.tensor([0, 2**31 - 1, -7], dtype=torch.int32))
     assert sample_bag_forward(bag, cut, points, False).flatten().tolist() == [5.0, 0.0, 0.0]
+    got = reference.sample_bag(bag, cut, points)
+    assert got.flatten().tolist() == [5.0, 0.0, 0.0]
     short = grid._replace(index=grid.index[:0])
     assert not sample_bag_forward(bag, short, points, True).any()
     shifted = grid._replace(cell_offsets=grid.cell_offsets + 100)
@@ -116,7 +118,7 @@ def test_wrong_arguments_are_named() -> None:
         ("bag", torch.zeros(11, 5), ValueError, "points has 2 groups and bag 5 features"),
         ("bag", torch.zeros(11, 0), ValueError, "points has 2 groups and bag 0 features"),
         ("bag", bag, TypeError, "points is torch.float32 and bag torch.float64; .* torch.float64"),
-        ("bag", bag[:7].float(), ValueError, r"index shows rows -1 to 8, .* has 7 rows"),
+        ("bag", bag[:7].float(), ValueError, r"index shows rows -1 to 9, .* has 7 rows"),
         ("grid", tuple(grid), TypeError, "grid is tuple"),
         ("grid", grid._replace(index=None), TypeError, "grid.index is NoneType"),
         ("grid", grid._replace(index=grid.index.long()), ValueError, "grid.index is torch.int64"),
