@@ -46,9 +46,9 @@ struct BiasedForward {
 
 struct BiasedBackward {
   BiasedParams in;
+  BiasedRows out;      // [total, H, dv] in   from the forward
   BiasedRows d_out;    // [total, H, dv] in
   const void* lse;     // [total, H]     in   acc
-  const void* mean;    // [total, H]     in   acc, d_out . out
   const void* d_lse;   // [total, H]     in   acc
   void* d_query;       // [total, H, d]  out  acc; null: not wanted
   void* d_query_pos;   // [total, G, 2]  out  acc; null: not wanted

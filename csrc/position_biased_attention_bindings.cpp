@@ -55,9 +55,9 @@ void backward(const py::dict& fields) {
   const Fields a{fields};
   BiasedBackward p{};
   p.in = params(a);
+  p.out = rows(a, "out");
   p.d_out = rows(a, "d_out");
   p.lse = a.address("lse");
-  p.mean = a.address("mean");
   p.d_lse = a.address("d_lse");
   p.d_query = a.address("d_query");
   p.d_query_pos = a.address("d_query_pos");

@@ -7,35 +7,43 @@
 namespace survfuse {
 namespace {
 
-constexpr int64_t kBatchStrips = 8;
+// pairs whose hidden layers are held together, in whole rows
+constexpr int64_t kBatchPairs = 384;
 
 template <class T, class Net>
 struct BiasedBackwardKernel {
   using P = VectorProducts<T>;
 
   BiasedTile<T> t;
+  int64_t batch_rows, batch_strips;
   Net net;
   const BiasedBackward* p = nullptr;
   int64_t packed = 0;              // the block's first row among all bags'
-  T *u, *slopes, *d_u;             // [kBatchStrips, 2, kStrip]
-  T *values, *d_values;            // [O, kStrip], [kBatchStrips, O, kStrip]
+  T *u, *slopes, *d_u;             // [batch_strips, 2, kStrip]
+  T *values, *d_values;            // [O, kStrip], [batch_strips, O, kStrip]
   T *d_out, *grads;                // [O, kBlockRows, value_dim], [O, kBlockRows, tile]
   T *lse, *mean, *d_lse;           // [O, kBlockRows]
+  T* out;                          // [value_dim]
   T* d_query;                      // [O, kBlockRows, dim]
   T *d_key, *d_value;              // [O, tile, dim], [O, tile, value_dim]
   T *d_query_at[2], *d_key_at[2];  // [kBlockRows, lanes], [tile]
 
-  explicit BiasedBackwardKernel(const BiasedParams& in) : t(in, true), net(in, kBatchStrips) {}
+  explicit BiasedBackwardKernel(const BiasedParams& in)
+      : t(in, true),
+        batch_rows(std::max<int64_t>(1, kBatchPairs / t.tile)),
+        batch_strips((batch_rows * t.tile + kStrip<T> - 1) / kStrip<T>),
+        net(in, batch_strips) {}
 
   int64_t lay_out(Arena arena) {
     t.lay_out(arena);
     net.lay_out(arena);
-    for (T** strips : {&u, &slopes, &d_u}) *strips = arena.take<T>(kBatchStrips * 2 * kStrip<T>);
+    for (T** strips : {&u, &slopes, &d_u}) *strips = arena.take<T>(batch_strips * 2 * kStrip<T>);
     values = arena.take<T>(t.heads * kStrip<T>);
-    d_values = arena.take<T>(kBatchStrips * t.heads * kStrip<T>);
+    d_values = arena.take<T>(batch_strips * t.heads * kStrip<T>);
     d_out = arena.take<T>(t.heads * kBlockRows * t.value_dim);
     grads = arena.take<T>(t.heads * kBlockRows * t.tile);
     for (T** rows : {&lse, &mean, &d_lse}) *rows = arena.take<T>(t.heads * kBlockRows);
+    out = arena.take<T>(t.value_dim);
     d_query = arena.take<T>(t.heads * kBlockRows * t.dim);
     d_key = arena.take<T>(t.heads * t.tile * t.dim);
     d_value = arena.take<T>(t.heads * t.tile * t.value_dim);
@@ -89,7 +97,7 @@ struct BiasedBackwardKernel {
         const T given = static_cast<const T*>(p->lse)[from];
         // where no key is included every weight is 0
         lse[to] = given == -static_cast<T>(INFINITY) ? -given : given;
-        mean[to] = static_cast<const T*>(p->mean)[from];
+        if (t.n_tiles > 1) mean[to] = mean_gradient(o, i);
         d_lse[to] = static_cast<const T*>(p->d_lse)[from];
       }
     }
@@ -98,47 +106,91 @@ struct BiasedBackwardKernel {
 
   T* grads_of(int64_t o) const { return grads + o * kBlockRows * t.tile; }
 
+  // The mean of the gradients of a row's weights: each has it subtracted and most of both cancels,
+  // so this sum adds no rounding.
+  T mean_gradient(int64_t o, int64_t i) const {
+    widen_rows(p->out, 0, t.head(o), packed + i, 1, t.in.value_dim, t.value_dim, T(1), out);
+    const T* d = d_out + (o * kBlockRows + i) * t.value_dim;
+    double sum = 0;
+    for (int64_t e = 0; e < t.in.value_dim; ++e) sum += static_cast<double>(out[e]) * d[e];
+    return static_cast<T>(sum);
+  }
+
   // From logits and gradients of weights to weights and gradients of logits, and all that the bias
   // is made of.
   void pairs(T* d_parameters, bool positions) {
-    const int64_t n_vectors = t.n_vectors(), batch = kBatchStrips * kStripVectors;
-    for (int64_t begin = 0; begin < n_vectors; begin += batch) {
-      const int64_t end = std::min(begin + batch, n_vectors);
-      int64_t n_strips = 0;
-      for (int64_t vector = begin; vector < end; vector += kStripVectors, ++n_strips) {
-        T* at = u + n_strips * 2 * kStrip<T>;
-        t.template offsets<true>(vector, at, slopes + n_strips * 2 * kStrip<T>);
-        net.evaluate(n_strips, at, values);
-        T* d = d_values + n_strips * t.heads * kStrip<T>;
-        for (int v = 0; v < kStripVectors; ++v) weigh(vector + v, n_vectors, v, d);
+    const int64_t per_row = t.tile / kLanes<T>;
+    for (int64_t row = 0; row < t.n; row += batch_rows) {
+      const int64_t n_rows = std::min(batch_rows, t.n - row);
+      const int64_t begin = row * per_row, end = (row + n_rows) * per_row;
+      const int64_t n_strips = (end - begin + kStripVectors - 1) / kStripVectors;
+      for (int64_t s = 0; s < n_strips; ++s) {
+        const int64_t vector = begin + s * kStripVectors;
+        T* at = u + s * 2 * kStrip<T>;
+        t.template offsets<true>(vector, at, slopes + s * 2 * kStrip<T>);
+        net.evaluate(s, at, values);
+        for (int v = 0; v < kStripVectors && vector + v < end; ++v) soften(vector + v, v);
       }
+      for (int64_t o = 0; t.n_tiles == 1 && o < t.heads; ++o)
+        for (int64_t i = row; i < row + n_rows; ++i) balance(o, i);
+      for (int64_t s = 0; s < n_strips; ++s)
+        for (int v = 0; v < kStripVectors; ++v)
+          weigh(begin + s * kStripVectors + v, end,
+                d_values + s * t.heads * kStrip<T> + v * kLanes<T>);
       if (!d_parameters && !positions) continue;
       net.differentiate(n_strips, u, d_values, d_parameters, positions ? d_u : nullptr);
       if (positions) move(begin, end);
     }
   }
 
-  void weigh(int64_t vector, int64_t n_vectors, int v, T* d) {
+  // From logits to their softmax.
+  void soften(int64_t vector, int v) {
     const int64_t per_row = t.tile / kLanes<T>, i = vector / per_row;
-    const int64_t n_left = t.n_keys - vector % per_row * kLanes<T>;
+    const int64_t n_left = std::max<int64_t>(0, t.n_keys - vector % per_row * kLanes<T>);
     for (int64_t o = 0; o < t.heads; ++o) {
-      T* to = d + o * kStrip<T> + v * kLanes<T>;
-      if (vector >= n_vectors) {
-        store(to, Vec<T>{});
+      T* logit = t.logits_of(o) + vector * kLanes<T>;
+      const Vec<T> bias = load(values + o * kStrip<T> + v * kLanes<T>);
+      const Vec<T> softmax = vector_exp(load(logit) + bias - splat(lse[o * kBlockRows + i]));
+      store(logit, n_left < kLanes<T> ? kept(softmax, n_left) : softmax);
+    }
+  }
+
+  // A row that sees all of its keys at once: its softmax sums to 1 whatever the rounding of lse,
+  // and its mean gradient is that of these very numbers. With few keys little else may be left.
+  void balance(int64_t o, int64_t i) {
+    T *softmax = t.logits_of(o) + i * t.tile, *grad = grads_of(o) + i * t.tile;
+    const T* factor = t.mask + (o * kBlockRows + i) * t.tile;
+    Vec<T> sum{};
+    for (int64_t j = 0; j < t.tile; j += kLanes<T>) sum += load(softmax + j);
+    const T total = horizontal_sum<T>(sum);
+    const Vec<T> divisor = splat(total == 0 ? T(1) : total);
+    sum = Vec<T>{};
+    for (int64_t j = 0; j < t.tile; j += kLanes<T>) {
+      const Vec<T> x = load(softmax + j) / divisor;
+      store(softmax + j, x);
+      sum += (t.in.dropout_p > 0 ? x * load(factor + j) : x) * load(grad + j);
+    }
+    mean[o * kBlockRows + i] = horizontal_sum<T>(sum);
+  }
+
+  // From softmax and gradients of weights to weights and gradients of logits, d [O, kStrip] too.
+  void weigh(int64_t vector, int64_t end, T* d) {
+    const int64_t i = vector / (t.tile / kLanes<T>);
+    for (int64_t o = 0; o < t.heads; ++o) {
+      if (vector >= end) {
+        store(d + o * kStrip<T>, Vec<T>{});
         continue;
       }
-      T *logit = t.logits_of(o) + vector * kLanes<T>, *grad = grads_of(o) + vector * kLanes<T>;
-      const int64_t row = o * kBlockRows + i;
-      const Vec<T> bias = load(values + o * kStrip<T> + v * kLanes<T>);
-      Vec<T> softmax = vector_exp(load(logit) + bias - splat(lse[row]));
-      if (n_left < kLanes<T>) softmax = kept(softmax, n_left);
-      Vec<T> weight = softmax;
-      if (t.in.dropout_p > 0) weight *= load(t.mask + o * kBlockRows * t.tile + vector * kLanes<T>);
+      const int64_t at = vector * kLanes<T>, row = o * kBlockRows + i;
+      T *weight = t.logits_of(o) + at, *grad = grads_of(o) + at;
+      const Vec<T> softmax = load(weight);
+      Vec<T> kept = softmax;
+      if (t.in.dropout_p > 0) kept *= load(t.mask + o * kBlockRows * t.tile + at);
       const Vec<T> d_logit =
-          (weight * load(grad) - softmax * splat(mean[row])) + softmax * splat(d_lse[row]);
-      store(logit, weight);
+          (kept * load(grad) - softmax * splat(mean[row])) + softmax * splat(d_lse[row]);
+      store(weight, kept);
       store(grad, d_logit);
-      store(to, d_logit);
+      store(d + o * kStrip<T>, d_logit);
     }
   }
 

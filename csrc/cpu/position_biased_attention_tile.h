@@ -79,8 +79,9 @@ struct BiasedSizes {
         value_dim(round_up(params.value_dim, kLanes<T>)) {
     const int64_t key_bytes = 2 * heads * (dim + value_dim) * static_cast<int64_t>(sizeof(T));
     const int64_t most = std::clamp<int64_t>(kKeyBytes / key_bytes, 4 * kLanes<T>, kMostTileKeys);
-    n_tiles = (in.n_keys + most - 1) / most;
-    tile = round_up((in.n_keys + n_tiles - 1) / n_tiles, kLanes<T>);
+    const int64_t n_equal = (in.n_keys + most - 1) / most;
+    tile = round_up((in.n_keys + n_equal - 1) / n_equal, kLanes<T>);
+    n_tiles = (in.n_keys + tile - 1) / tile;
   }
 };
 

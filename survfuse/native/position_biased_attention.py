@@ -21,7 +21,6 @@ from survfuse.native.core import (
 from survfuse.pooling import accumulation_type
 from survfuse.position_bias import PositionBias, PositionedAttention, PositionedNeeds
 from survfuse.ragged import Ragged
-from survfuse.tiled.cross_attention import mean_gradient
 
 
 def position_biased_attention_forward(
@@ -85,15 +84,14 @@ def position_biased_attention_backward(
     )
     if key.shape[1] and attention.total:
         arguments, alive = _arguments(tensors, bias, attention, isa, backward=True)
-        d_out = d_results.out
-        d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
+        outs = (results.out, d_results.out)
+        out, d_out = (t if t.stride(-1) == 1 else t.contiguous() for t in outs)
         lse, d_lse = (t.to(kind).contiguous() for t in (results.lse, d_results.lse))
-        mean = mean_gradient(d_out, results.out).to(kind).contiguous()
         arguments |= {f"d_{name}": address(t) for name, t in gradients._asdict().items()}
         arguments |= {
+            "out": _rows(out[None]),
             "d_out": _rows(d_out[None]),
             "lse": address(lse),
-            "mean": address(mean),
             "d_lse": address(d_lse),
         }
         native_core().position_biased_attention_backward(arguments)

@@ -55,6 +55,7 @@ EXACT_CASES = (
         n_keys=5,
     ),
     Case("empty bag last", ranges=((0, 5), (5, 0)), n_stored=5),
+    Case("601 keys", n_bags=1, n_keys=601, groups=1),
 )
 TABLE_CASES = (
     Case("table", n_queries=19, n_keys=37, options=TABLE),
@@ -65,6 +66,7 @@ TABLE_CASES = (
     Case("table of an odd size, short", n_keys=33, options=TABLE | {"table_size": 7}),
     Case("table, much beyond it", n_keys=33, options=TABLE | {"table_range": 1.5}),
     Case("table of one cell", options=TABLE | {"table_size": 2}),
+    Case("table, 601 keys", n_bags=1, n_keys=601, groups=1, options=TABLE),
     Case(
         "table, ragged",
         ranges=((3, 9), (1, 4)),

@@ -85,18 +85,22 @@ def test_reference_is_the_formula_as_anybody_writes_it(case: Case) -> None:
 
 
 @pytest.mark.parametrize("isa", CPU_ISAS[1:])
-@pytest.mark.parametrize("case", [*EXACT_CASES[1:4], *TABLE_CASES[:2], BIG], ids=str)
+@pytest.mark.parametrize(
+    "case", [*EXACT_CASES[1:4], EXACT_CASES[-1], *TABLE_CASES[:2], TABLE_CASES[-1], BIG], ids=str
+)
 def test_native_on_every_instruction_set(case: Case, isa: str, monkeypatch) -> None:
-    if "native" not in MODULE._MODULES or native_core() is None:
-        pytest.skip("no native kernel is built")
-    if not native_core().cpu_isa_available(CPU_ISAS.index(isa)):
+    use_isa(monkeypatch, isa)
+    check_budget(case, "native", "cpu")
+
+
+def use_isa(monkeypatch, isa: str) -> None:
+    if native_core() is None or not native_core().cpu_isa_available(CPU_ISAS.index(isa)):
         pytest.skip(f"this processor has no {isa}")
     module = importlib.import_module(MODULE._MODULES["native"])
     for direction in ("forward", "backward"):
         name = f"position_biased_attention_{direction}"
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, f=original: f(*a, isa=isa))
-    check_budget(case, "native", "cpu")
 
 
 @BOTH_BIASES
@@ -168,6 +172,43 @@ def test_slope_of_the_signed_log_at_coincident_positions_is_one(backend: str, de
     beside = differentiate(away, away.run("reference"))
     assert bool(exact[5].abs().max() > 1e-3)
     torch.testing.assert_close(exact[5], beside[5], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("isa", ["tiled", *CPU_ISAS[1:]])
+def test_signed_log_is_exact_at_every_distance(isa: str, dtype, monkeypatch) -> None:
+    """One key that nothing is asked of: lse is the MLP, here the signed log along x."""
+    backend = "tiled" if isa == "tiled" else "native"
+    if backend == "native":
+        use_isa(monkeypatch, isa)
+    size = torch.logspace(-30, 30, 2001, dtype=torch.float64)
+    near = torch.linspace(0.0, 4.0, 3000, dtype=torch.float64)
+    x = torch.cat([size, -size, near, -near]).to(dtype)
+    at = torch.stack([x, torch.zeros_like(x)], -1)[None]
+    w0, w1 = torch.zeros(2, 2, dtype=dtype), torch.tensor([[1.0, -1.0]], dtype=dtype)
+    w0[:, 0] = torch.tensor([1.0, -1.0])
+    mlp = ((w0, torch.zeros(2, dtype=dtype)), (w1, torch.zeros(1, dtype=dtype)))
+    query, key = torch.zeros(1, len(x), 1, 4, dtype=dtype), torch.zeros(1, 1, 1, 4, dtype=dtype)
+    origin = torch.zeros(1, 1, 1, 2, dtype=dtype)
+    _, lse = ops.position_biased_attention_with_lse(
+        query, key, key, at, origin, mlp, scale=0.0, backend=backend
+    )
+    exact = x.double().abs().log1p().copysign(x.double())
+    got, away = lse.flatten(), x != 0
+    ratio = got[away].double() / exact[away]
+    assert_within_budget("ratio", ratio, torch.ones_like(ratio), torch.ones_like(ratio), dtype)
+    assert bool((got[~away] == 0).all())
+
+
+@TORCH_TARGETS
+def test_a_single_key_moves_no_query(backend: str) -> None:
+    """Its weight is 1 whatever its logit: the gradient is 0, not what rounding leaves of it."""
+    for options in ({}, TABLE):
+        for dtype in (torch.float32, torch.bfloat16):
+            call = make(Case("single", n_queries=40, n_keys=1, options=options)).to(dtype)
+            out = call.run(backend)[0]
+            (d_query,) = torch.autograd.grad(out.double().square().sum(), [call.tensors["query"]])
+            assert bool((d_query == 0).all())
 
 
 @TORCH_TARGETS
@@ -326,6 +367,19 @@ def test_nan_goes_where_torch_sends_it(backend: str, device: str, where: str) ->
                 assert where == "key_pos" or not bool(got.isnan().all())
 
 
+@EACH_TARGET
+def test_infinitely_far_is_beyond_every_table(backend: str, device: str) -> None:
+    case = Case("far", n_bags=1, n_queries=4, options=TABLE | {"table_range": 9.0})
+    call = make(case).to(dtypes(backend, device)[0], device)
+    results = []
+    for far in (torch.inf, 1e9):
+        with torch.no_grad():
+            call.tensors["query_pos"][0, :, 0] = far
+            results.append(call.run(backend))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert bool(results[0][0].isfinite().all())
+
+
 @TORCH_TARGETS
 def test_merging_two_halves_of_the_keys_is_the_whole(backend: str) -> None:
     call = make(EXACT_CASES[1]).to(torch.float64)
@@ -346,7 +400,7 @@ def test_packed_in_lockstep_is_packed_bag_by_bag(monkeypatch) -> None:
     """The walk of the tiles on devices, run on the CPU."""
     from survfuse.tiled import tiles
 
-    for case in (EXACT_CASES[10], TABLE_CASES[8], EXACT_CASES[2]):
+    for case in (EXACT_CASES[10], TABLE_CASES[-1], EXACT_CASES[2]):
         call = make(case).to(torch.float64)
         expected = differentiate(call, call.run("tiled"))
         with monkeypatch.context() as patch:
