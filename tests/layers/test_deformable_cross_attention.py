@@ -1,4 +1,4 @@
-"""Released arithmetic against numpy; true grids: dense and sparse, bag by bag; refusals."""
+"""Deformable cross-attention on true grids: dense and sparse, bag by bag; refusals."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
 from survfuse import Ragged, ops
 from survfuse.data.slides import tile_slide
 from survfuse.layers import DeformableCrossAttention
 from survfuse.layers.sparse_convolution import coarse_cells, convolve_patches
-from survfuse.ops import GridIndex
-from tests.layers.deformable_numpy import deformable_cross_attention
-
-DIM = 16
-# an irregular outline of several sizes: rows of the matrix are shared, and one bag is empty
-RANGES = Ragged.from_ranges([0, 40, 7, 20, 90], [60, 45, 0, 1, 30])
+from tests.layers.deformable_cases import (
+    DIM,
+    RANGES,
+    full_grid,
+    make_layer,
+    maps,
+    sparse_bags,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -29,83 +30,6 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def make_layer(**changed) -> DeformableCrossAttention:
-    sizes = {"heads": 4, "dim_head": 6, "offset_groups": 2}
-    layer = DeformableCrossAttention(DIM, **(sizes | changed)).double()
-    # large enough offsets that points leave the map, and a bias that matters
-    with torch.no_grad():
-        layer.to_offsets[2].weight.mul_(4)
-        layer.rel_pos_bias.mlp[2].weight.mul_(4)
-    return layer
-
-
-def maps(height: int, width: int, n_bags: int = 2) -> list[Tensor]:
-    shape = (n_bags, height * width, DIM)
-    return [torch.randn(shape, dtype=torch.double, requires_grad=True) for _ in range(2)]
-
-
-def sparse_bags(ragged: Ragged = RANGES) -> tuple[Tensor, Tensor, GridIndex]:
-    g = torch.Generator().manual_seed(3)
-    places = torch.randperm(17 * 14, generator=g)[:120]
-    coords = torch.stack([places % 17, places // 17], 1) * 256
-    grid = ops.grid_index(coords, patch_size=256, ragged=ragged)
-    query, context = (torch.randn(120, DIM, dtype=torch.double, generator=g) for _ in range(2))
-    return query.requires_grad_(), context.requires_grad_(), grid
-
-
-def full_grid(height: int, width: int, n_bags: int) -> tuple[GridIndex, Ragged]:
-    cell = torch.arange(height * width)
-    coords = torch.stack([cell % width, cell // width], 1).repeat(n_bags, 1)
-    ragged = Ragged.from_lengths([height * width] * n_bags)
-    return ops.grid_index(coords, patch_size=1, ragged=ragged), ragged
-
-
-@pytest.mark.parametrize(
-    ("shape", "groups", "grouped"),
-    [
-        ((12, 12), 4, (True, True)),
-        ((13, 9), 2, (True, False)),
-        ((8, 14), 2, (False, True)),
-        ((7, 4), 4, (True, True)),
-    ],
-    ids=str,
-)
-def test_released_weights_give_what_the_released_module_gives(shape, groups, grouped) -> None:
-    options = {"group_queries": grouped[0], "group_key_values": grouped[1]}
-    source = make_layer(offset_groups=groups, **options)
-    state = {f"attn2d.{name}": value for name, value in source.float().state_dict().items()}
-    layer = DeformableCrossAttention.from_released(
-        state | {"head.weight": torch.zeros(1)}, prefix="attn2d."
-    )
-    assert layer.released
-    query, context = (tensor.float() for tensor in maps(*shape))
-    got = layer(query, context, shape=shape)
-    arrays = {name: value.double().numpy() for name, value in source.state_dict().items()}
-    for b in range(2):
-        images = (t[b].detach().double().numpy().T.reshape(DIM, *shape) for t in (query, context))
-        expected, vgrid = deformable_cross_attention(
-            arrays, *images, heads=4, n_groups=groups, stride=4, offset_scale=4.0, **options
-        )
-        tokens = torch.from_numpy(expected.reshape(DIM, -1).T.copy())
-        torch.testing.assert_close(got.tokens[b].double(), tokens, rtol=1e-5, atol=1e-5)
-        points = got.points[b].mT.reshape(vgrid.shape).double()
-        torch.testing.assert_close(points, torch.from_numpy(vgrid), rtol=1e-5, atol=1e-5)
-    # points leave the map and reach its half-padded border, so that both were compared
-    cells = layer.sampled_cells(got.points, shape)
-    assert bool((cells < 0).any())
-    assert bool((cells > 0).any())
-
-
-def test_true_grids_are_not_the_released_ones() -> None:
-    layer = make_layer()
-    query, context = maps(12, 12)
-    true = layer(query, context, shape=(12, 12))
-    layer.released = True
-    released = layer(query, context, shape=(12, 12))
-    torch.testing.assert_close(true.points, released.points)
-    assert float((true.tokens - released.tokens).detach().abs().max()) > 1e-2
 
 
 def test_without_offsets_points_lie_on_the_centres_of_coarse_cells() -> None:
@@ -318,46 +242,6 @@ def test_sixteen_bits_keep_their_points() -> None:
         cast = layer(query.float(), context.float(), shape=shape)
     assert cast.points.dtype == torch.float32
     assert float((cast.points - exact).detach().abs().max()) < 0.05
-
-
-def test_names_and_shapes_are_the_released_ones() -> None:
-    layer = DeformableCrossAttention(128)
-    shapes = {name: tuple(value.shape) for name, value in layer.state_dict().items()}
-    assert shapes == {
-        "to_offsets.0.weight": (64, 1, 6, 6),
-        "to_offsets.0.bias": (64,),
-        "to_offsets.2.weight": (2, 64, 1, 1),
-        "rel_pos_bias.mlp.0.0.weight": (32, 2),
-        "rel_pos_bias.mlp.0.0.bias": (32,),
-        "rel_pos_bias.mlp.1.0.weight": (32, 32),
-        "rel_pos_bias.mlp.1.0.bias": (32,),
-        "rel_pos_bias.mlp.2.weight": (1, 32),
-        "rel_pos_bias.mlp.2.bias": (1,),
-        "to_q.weight": (512, 16, 1, 1),
-        "to_k.weight": (512, 16, 1, 1),
-        "to_v.weight": (512, 16, 1, 1),
-        "to_out.weight": (128, 512, 1, 1),
-        "to_out.bias": (128,),
-    }
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda s: s.pop("p.to_q.weight"), r"no entry 'p\.to_q\.weight'"),
-        (lambda s: s.update({"p.norm.weight": torch.zeros(1)}), r"entry 'p\.norm\.weight' that is"),
-        (lambda s: s.update({"p.to_k.weight": torch.zeros(24, 16)}), r"p\.to_k\.weight.* convolut"),
-        (
-            lambda s: s.update({"p.to_v.weight": torch.zeros(24, 3, 1, 1)}),
-            r"'p\.to_v\.weight' has shape .* must be \(24, 8, 1, 1\)",
-        ),
-    ],
-)
-def test_released_weights_that_do_not_fit_are_named(change, words) -> None:
-    state = {f"p.{name}": value for name, value in make_layer().state_dict().items()}
-    change(state)
-    with pytest.raises(ValueError, match=words):
-        DeformableCrossAttention.from_released(state, prefix="p.")
 
 
 @pytest.mark.parametrize(
