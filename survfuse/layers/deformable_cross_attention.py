@@ -84,6 +84,14 @@ class DeformableCrossAttention(nn.Module):
         >>> out = layer(fused, patches, shape=(12, 9))
         >>> out.tokens.shape, out.points.shape
         (torch.Size([1, 108, 16]), torch.Size([1, 2, 9, 2]))
+
+        A slide of three patches, two of them in one coarse cell:
+
+        >>> from survfuse.ops import grid_index
+        >>> grid = grid_index(torch.tensor([[0, 0], [256, 0], [2048, 0]]), patch_size=256)
+        >>> out = layer(torch.randn(3, 16), torch.randn(3, 16), grid=grid)
+        >>> out.tokens.shape, out.points.shape
+        (torch.Size([3, 16]), torch.Size([2, 2, 2]))
     """
 
     def __init__(

@@ -119,16 +119,18 @@ def _check(coords: Tensor, ragged: Ragged | None, tolerance: float, duplicates: 
 
 def _sizes(patch_size: float | Sequence[float] | Tensor, ragged: Ragged) -> Tensor:
     """The patch size of each bag, [B] fp64."""
-    if not isinstance(patch_size, Sequence | Tensor) or isinstance(patch_size, str):
-        check_number("patch_size", patch_size)
-        patch_size = [patch_size] * ragged.n_bags if ragged.n_bags else [patch_size]
-    sizes = torch.as_tensor(patch_size, dtype=torch.float64, device=ragged.starts.device)
-    if sizes.dim() == 0:
-        sizes = sizes.expand(ragged.n_bags)
+    try:
+        sizes = torch.as_tensor(patch_size, dtype=torch.float64, device=ragged.starts.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"patch_size is {patch_size!r}; it must be a number, or one for each bag"
+        ) from error
     wrong = ~((sizes > 0) & sizes.isfinite())
     if bool(wrong.any()):
         found = sizes[wrong][0].item()
         raise ValueError(f"patch_size is {found}; it must be positive and finite")
+    if sizes.dim() == 0:
+        return sizes.expand(ragged.n_bags)
     if sizes.dim() != 1 or ragged.n_bags not in (0, sizes.shape[0]):
         raise ValueError(
             f"patch_size has shape {tuple(sizes.shape)}; it must be one number or {ragged.n_bags}, "

@@ -213,6 +213,24 @@ def test_table_and_reference_are_near() -> None:
     assert float((coarse - exact).detach().abs().max()) > 4 * error
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_sparse_bags_in_sixteen_bits(autocast: bool) -> None:
+    layer = make_layer()
+    query, context, grid = sparse_bags()
+    exact = layer(query, context, grid=grid, ragged=RANGES)
+    kind = torch.float32 if autocast else torch.bfloat16
+    layer, inputs = layer.to(kind), [t.detach().to(kind).requires_grad_() for t in (query, context)]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        got = layer(*inputs, grid=grid, ragged=RANGES)
+    assert got.tokens.dtype == torch.bfloat16
+    error = (got.tokens - exact.tokens).norm() / exact.tokens.norm()
+    assert error.item() < 0.1
+    got.tokens.square().sum().backward()
+    for tensor in (*inputs, *layer.parameters()):
+        assert tensor.grad.dtype == kind
+        assert bool(tensor.grad.isfinite().all())
+
+
 def test_corners_at_the_outline_count_as_told() -> None:
     query, context, grid = sparse_bags()
     outs = []

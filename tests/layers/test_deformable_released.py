@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.plain_deformable import PlainDeformableCrossAttention
 from survfuse.layers import DeformableCrossAttention
 from tests.layers.deformable_cases import DIM, make_layer, maps
 from tests.layers.deformable_numpy import deformable_cross_attention
@@ -53,6 +54,17 @@ def test_released_weights_give_what_the_released_module_gives(shape, groups, gro
     cells = layer.sampled_cells(got.points, shape)
     assert bool((cells < 0).any())
     assert bool((cells > 0).any())
+
+
+def test_the_baseline_of_the_benchmark_is_the_released_module() -> None:
+    layer, shape = make_layer(released=True), (13, 9)
+    query, context = maps(*shape)
+    torch.testing.assert_close(
+        PlainDeformableCrossAttention(layer)(query, context, shape),
+        layer(query, context, shape=shape).tokens,
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 def test_true_grids_are_not_the_released_ones() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -70,7 +71,8 @@ def test_every_patch_is_found_in_its_cell(scale, origin, dtype) -> None:
 def test_slides_of_different_magnification() -> None:
     cells, ragged = scattered(), Ragged.from_ranges([0, 4, 4], [4, 5, 0])
     coords = cells * torch.tensor([256] * 4 + [512] * 5)[:, None]
-    for sizes in ([256, 512, 7], torch.tensor([256.0, 512.0, 7.0])):
+    each = np.array([256, 512, 7])
+    for sizes in (each.tolist(), each, torch.from_numpy(each)):
         grid = ops.grid_index(coords, patch_size=sizes, ragged=ragged)
         assert as_dicts(grid) == by_loop(cells, ragged)
     one = ops.grid_index(cells, patch_size=torch.tensor(1), ragged=ragged)
@@ -193,7 +195,11 @@ def test_corners_far_from_zero_lose_nothing(shift: int) -> None:
         ({"patch_size": -1.0}, ValueError, "patch_size is -1.0"),
         ({"patch_size": float("nan")}, ValueError, "patch_size is nan"),
         ({"patch_size": float("inf")}, ValueError, "patch_size is inf"),
-        ({"patch_size": "256"}, TypeError, "patch_size is '256'; it must be a number"),
+        (
+            {"patch_size": "256"},
+            TypeError,
+            "patch_size is '256'; it must be a number, or one for each bag",
+        ),
         ({"patch_size": [1, 1]}, ValueError, r"patch_size has shape \(2,\); .* one number or 1"),
         ({"patch_size": torch.ones(1, 1)}, ValueError, r"patch_size has shape \(1, 1\)"),
         ({"patch_size": [torch.nan]}, ValueError, "patch_size is nan"),
