@@ -126,15 +126,22 @@ def _sizes(patch_size: float | Sequence[float] | Tensor, ragged: Ragged) -> Tens
             f"patch_size is {patch_size!r}; it must be a number, or one for each bag"
         ) from error
     wrong = ~((sizes > 0) & sizes.isfinite())
-    if bool(wrong.any()):
-        found = sizes[wrong][0].item()
-        raise ValueError(f"patch_size is {found}; it must be positive and finite")
     if sizes.dim() == 0:
+        if bool(wrong):
+            raise ValueError(f"patch_size is {sizes.item()}; it must be positive and finite")
         return sizes.expand(ragged.n_bags)
-    if sizes.dim() != 1 or ragged.n_bags not in (0, sizes.shape[0]):
+    if sizes.shape != (ragged.n_bags,):
         raise ValueError(
             f"patch_size has shape {tuple(sizes.shape)}; it must be one number or {ragged.n_bags}, "
             "one for each bag"
+        )
+    # nobody knows the patches of a bag that has none
+    wrong = wrong & (ragged.lengths > 0)
+    if bool(wrong.any()):
+        bag = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"patch_size of bag {bag} is {sizes[bag].item()}; it must be positive and finite (stores "
+            "write 0 where it is unknown)"
         )
     return sizes
 

@@ -71,7 +71,7 @@ def test_every_patch_is_found_in_its_cell(scale, origin, dtype) -> None:
 def test_slides_of_different_magnification() -> None:
     cells, ragged = scattered(), Ragged.from_ranges([0, 4, 4], [4, 5, 0])
     coords = cells * torch.tensor([256] * 4 + [512] * 5)[:, None]
-    each = np.array([256, 512, 7])
+    each = np.array([256, 512, 0])
     for sizes in (each.tolist(), each, torch.from_numpy(each)):
         grid = ops.grid_index(coords, patch_size=sizes, ragged=ragged)
         assert as_dicts(grid) == by_loop(cells, ragged)
@@ -202,7 +202,8 @@ def test_corners_far_from_zero_lose_nothing(shift: int) -> None:
         ),
         ({"patch_size": [1, 1]}, ValueError, r"patch_size has shape \(2,\); .* one number or 1"),
         ({"patch_size": torch.ones(1, 1)}, ValueError, r"patch_size has shape \(1, 1\)"),
-        ({"patch_size": [torch.nan]}, ValueError, "patch_size is nan"),
+        ({"patch_size": [torch.nan]}, ValueError, "patch_size of bag 0 is nan"),
+        ({"patch_size": [0]}, ValueError, "patch_size of bag 0 is 0.0; .* where it is unknown"),
         ({"tolerance": 0.6}, ValueError, "tolerance is 0.6; .* at most 0.5"),
         ({"tolerance": None}, TypeError, "tolerance is None"),
         ({"duplicates": "last"}, ValueError, "duplicates is 'last'"),
