@@ -140,8 +140,8 @@ def _sizes(patch_size: float | Sequence[float] | Tensor, ragged: Ragged) -> Tens
     if bool(wrong.any()):
         bag = int(wrong.nonzero()[0])
         raise ValueError(
-            f"patch_size of bag {bag} is {sizes[bag].item()}; it must be positive and finite (stores "
-            "write 0 where it is unknown)"
+            f"patch_size of bag {bag} is {sizes[bag].item()}; it must be positive and finite "
+            "(stores write 0 where it is unknown)"
         )
     return sizes
 
