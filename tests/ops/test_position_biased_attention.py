@@ -145,6 +145,21 @@ def test_a_single_key_moves_no_query(backend: str) -> None:
             assert bool((d_query == 0).all())
 
 
+@pytest.mark.parametrize("options", [{}, TABLE], ids=["exact", "table"])
+@TORCH_TARGETS
+def test_an_mlp_in_16_bits_is_computed_in_32(backend: str, options: dict) -> None:
+    made = make(replace(EXACT_CASES[1], options=options)).to(torch.bfloat16)
+    places = [name for name in made.tensors if name[0] in "wb"]
+    narrow = {n: made.tensors[n].detach().bfloat16().requires_grad_() for n in places}
+    wide = {n: t.detach().float().requires_grad_() for n, t in narrow.items()}
+    outs = []
+    for layers in (narrow, wide):
+        call = Call(made.tensors | layers, made.options)
+        outs.append(differentiate(call, call.run(backend)))
+    for name, a, b in zip(names(made), *outs, strict=True):
+        assert torch.equal(a, b.to(a.dtype)), name
+
+
 @TORCH_TARGETS
 def test_strided_inputs(backend: str) -> None:
     call = make(EXACT_CASES[1]).to(torch.float32)
