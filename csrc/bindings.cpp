@@ -250,4 +250,5 @@ PYBIND11_MODULE(_native, m) {
   m.def("gated_attention_pool_forward", &gated_attention_pool_forward);
   m.def("gated_attention_pool_backward", &gated_attention_pool_backward);
   bind_multi_scale_deformable_attention(m);
+  bind_position_biased_attention(m);
 }

@@ -27,5 +27,6 @@ struct Fields {
 
 // each in csrc/<op>_bindings.cpp
 void bind_multi_scale_deformable_attention(pybind11::module_& m);
+void bind_position_biased_attention(pybind11::module_& m);
 
 }  // namespace survfuse

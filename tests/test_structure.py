@@ -28,7 +28,9 @@ NEUTRAL = {
     "pooling": {"ragged"},
     "attention": {"ragged"},
     "deformable": set(),
+    "position_bias": {"ragged"},
     "batch": {"ragged"},
+    "grid": {"ragged"},
     "extras": set(),
     "outcomes": set(),
     "baseline_hazard": {"outcomes"},
@@ -38,7 +40,7 @@ NEUTRAL = {
 ARROWS = {
     "cli": {"training", "evaluation", "data", "benchmarks"},
     # measures what users call; nothing but the command that runs it knows of it
-    "benchmarks": {"models", "ops"},
+    "benchmarks": {"models", "layers", "ops"},
     "training": {"evaluation", "models", "data"},
     "evaluation": set(),
     "models": {"layers", "ops"},

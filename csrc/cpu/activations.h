@@ -1,4 +1,4 @@
-// tanh and the logistic function on vectors.
+// tanh, the logistic function and logarithms on vectors.
 #pragma once
 
 #include <limits>
@@ -64,6 +64,44 @@ inline Vec<T> sigmoid_code(Vec<T> x) {
   const Vec<T> least = splat(std::numeric_limits<T>::min());
   less = less < least ? least : less;  // never 0, which has no sign
   return x < 0 ? less : -less;
+}
+
+// log(1 + x) for x >= 0, to 2 ulp. Infinity and NaN stay what they are.
+inline Vec<float> vector_log1p(Vec<float> x) {
+  typedef VectorOf<float>::ints Ints;
+  const Vec<float> u = x + 1.0f;
+  // what the sum lost
+  const Vec<float> lost = x < 1.0f ? x - (u - 1.0f) : 1.0f - (u - x);
+  // u = 2^k m, m from sqrt(1/2) to sqrt(2)
+  Ints bits;
+  std::memcpy(&bits, &u, sizeof bits);
+  const Ints k = (bits - 0x3f3504f3) >> 23;
+  const Ints m_bits = bits - (k << 23), inverse_bits = (127 - k) << 23;
+  Vec<float> m, inverse;
+  std::memcpy(&m, &m_bits, sizeof m);
+  std::memcpy(&inverse, &inverse_bits, sizeof inverse);
+  const Vec<float> n = __builtin_convertvector(k, Vec<float>);
+  const Ints small = k == 0;
+  const Vec<float> f = small ? x : (m - 1.0f) + lost * inverse;
+  // Cephes logf
+  const Vec<float> z = f * f;
+  Vec<float> p = splat(7.0376836292e-2f);
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  Vec<float> y = f * z * p - n * 2.12194440e-4f;
+  y = f + (y - z * 0.5f) + n * 0.693359375f;
+  return x < std::numeric_limits<float>::infinity() ? y : x;
+}
+
+inline Vec<double> vector_log1p(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::log1p(x[i]);
+  return x;
 }
 
 }  // namespace

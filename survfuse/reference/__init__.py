@@ -20,6 +20,11 @@ from survfuse.reference.multi_scale_deformable_attention import (
     multi_scale_deformable_attention_from_offsets,
 )
 from survfuse.reference.pool_bag import pool_bag, pool_weights
+from survfuse.reference.position_biased_attention import (
+    position_biased_attention,
+    position_biased_attention_with_lse,
+)
+from survfuse.reference.sample_bag import sample_bag
 from survfuse.reference.spread_tokens import spread_tokens
 from survfuse.reference.tokens_attend_bag import (
     tokens_attend_bag,
@@ -41,6 +46,9 @@ __all__ = [
     "multi_scale_deformable_attention_from_offsets",
     "pool_bag",
     "pool_weights",
+    "position_biased_attention",
+    "position_biased_attention_with_lse",
+    "sample_bag",
     "spread_tokens",
     "tokens_attend_bag",
     "tokens_attend_bag_weights",
