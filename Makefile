@@ -55,7 +55,7 @@ gpu:
 	$(PYTHON) -m benchmarks.render
 
 # wild accesses, and races in shared memory, of the CUDA C++ kernels, on a GPU
-SANITIZED = within_budget and native-cuda and (three or integers or odd)
+SANITIZED = atomic or (within_budget and native-cuda and (three or integers or odd))
 sanitize:
 	for tool in memcheck racecheck synccheck; do \
 		compute-sanitizer --tool $$tool --kernel-name kns=survfuse --error-exitcode 1 \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -40,8 +41,7 @@ def emulated_core() -> ModuleType:
 
 def build(sources: list[Path]) -> Path:
     """A shared library of the sources and the emulator, compiled once per state of the sources."""
-    import pybind11
-
+    pybind11 = pytest.importorskip("pybind11")
     compiler = os.environ.get("CXX", "c++").split()
     if shutil.which(compiler[0]) is None:
         pytest.skip(f"no C++ compiler {compiler[0]!r}")
@@ -51,8 +51,6 @@ def build(sources: list[Path]) -> Path:
     folder = Path(tempfile.gettempdir()) / f"survfuse-emulator-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     library = folder / f"{_state(sources, [*compiler, *FLAGS, *KERNEL_FLAGS, *python])}.so"
-    if library.exists():
-        return library
 
     def compile_one(source: Path) -> str:
         target = scratch / f"{source.name}.o"
@@ -62,12 +60,15 @@ def build(sources: list[Path]) -> Path:
         _run([*compiler, *FLAGS, *includes, *flags, "-c", str(source), "-o", str(target)])
         return str(target)
 
-    with tempfile.TemporaryDirectory(dir=folder) as name:
+    # other processes of the same tests wait for the first
+    with open(folder / "lock", "w") as lock, tempfile.TemporaryDirectory(dir=folder) as name:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if library.exists():
+            return library
         scratch = Path(name)
         with ThreadPoolExecutor(2) as pool:
             objects = list(pool.map(compile_one, sources))
         _run([*compiler, "-shared", *objects, "-o", str(scratch / "done.so")])
-        # whole or not at all: other processes may build the same
         (scratch / "done.so").rename(library)
     return library
 

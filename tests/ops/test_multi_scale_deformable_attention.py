@@ -99,6 +99,16 @@ def test_results_and_gradients_within_budget(case, backend, device, form) -> Non
         check_budget(case, form, backend, device, dtype)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+@every_form
+@pytest.mark.parametrize("case", [CASES[0], CASES[9], CASES[11], CASES[-1]], **IDS)
+def test_atomic_sums_within_budget(case: Case, form: str) -> None:
+    """The default of CUDA kernels; where fresh memory holds NaN, they sum in fixed point."""
+    for dtype in dtypes("native", "cuda"):
+        check_budget(case, form, "native", "cuda", dtype)
+
+
 @pytest.mark.parametrize("isa", CPU_ISAS[1:])
 @pytest.mark.parametrize("form", ["locations", "boxes"])
 @pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[9], CASES[10]], **IDS)

@@ -8,6 +8,7 @@ import torch
 from benchmarks import original_deformable
 from benchmarks.original_deformable import SOURCE, original_deformable_attention
 from tests.cuda_emulator.build import build
+from tests.ops.contract import CUDA
 from tests.ops.deformable_cases import Case, make_call
 from tests.ops.test_multi_scale_deformable_attention import result_and_gradients
 from tests.ops.tolerance import assert_within_budget
@@ -23,15 +24,15 @@ CASES = (
 )
 
 
-@pytest.mark.parametrize("dtype", original_deformable.TYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_baseline_in_the_emulator(case: Case, dtype: torch.dtype, monkeypatch) -> None:
-    library = original_deformable.load(build([SOURCE]))
-    monkeypatch.setattr(original_deformable, "_library", lambda device: library)
-    monkeypatch.setattr(original_deformable, "_stream", lambda device: 0)
-    call = make_call(case).to(dtype)
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+every_type = pytest.mark.parametrize("dtype", original_deformable.TYPES, ids=str)
+
+
+def check_baseline(case: Case, dtype: torch.dtype, device: str) -> None:
+    call = make_call(case).to(dtype, device)
     value, locations, weights = call.tensors.values()
-    out = original_deformable_attention(value, torch.tensor(case.shapes), locations, weights)
+    shapes = torch.tensor(case.shapes, device=device)
+    out = original_deformable_attention(value, shapes, locations, weights)
     got = result_and_gradients(call, out)
     exact_call, plain_call = call.to(torch.float64), call.to(dtype)
     exact = result_and_gradients(exact_call, exact_call.run("reference"))
@@ -39,6 +40,23 @@ def test_the_baseline_in_the_emulator(case: Case, dtype: torch.dtype, monkeypatc
     for name, tensor in got.items():
         if tensor.numel():
             assert_within_budget(name, tensor, plain[name], exact[name], dtype)
+
+
+@every_type
+@every_case
+def test_the_baseline_in_the_emulator(case: Case, dtype: torch.dtype, monkeypatch) -> None:
+    library = original_deformable.load(build([SOURCE]))
+    monkeypatch.setattr(original_deformable, "_library", lambda device: library)
+    monkeypatch.setattr(original_deformable, "_stream", lambda device: 0)
+    check_baseline(case, dtype, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+@every_type
+@every_case
+def test_the_baseline_on_a_gpu(case: Case, dtype: torch.dtype) -> None:
+    check_baseline(case, dtype, "cuda")
 
 
 def test_without_a_gpu_it_says_so() -> None:
