@@ -55,8 +55,11 @@ def flags_of_the_build() -> list[str]:
 
 
 def flags_for(targets: list[str]) -> list[str]:
-    """The build's flags with the code of these architectures alone; of all if none is named."""
-    kept, rest = [], iter(flags_of_the_build())
+    """The build's flags with the code of these architectures alone; of all if none is named.
+
+    One architecture after another, so that what ptxas says of each stays together.
+    """
+    kept, rest = [], (flag for flag in flags_of_the_build() if not flag.startswith("--threads"))
     for flag in rest:
         code = [flag, next(rest)] if flag == "-gencode" else [flag]
         if len(code) == 1 or not targets or set(targets_of(code)) & set(targets):
