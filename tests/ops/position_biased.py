@@ -48,6 +48,7 @@ EXACT_CASES = (
     Case("no keys", n_keys=0),
     Case("no queries", n_queries=0),
     Case("no bags", n_bags=0),
+    Case("257 bags", n_bags=257, n_queries=2, n_keys=3, heads=1, groups=1),
     Case("131 keys", n_bags=1, n_queries=23, n_keys=131, widths=(32, 32), heads=8, groups=8),
     Case(
         "gaps, overlap, repeats, empty",

@@ -105,10 +105,11 @@ def test_dropout_draws_the_same_mask_everywhere(backend: str, device: str, case:
 
 @BOTH_BIASES
 @EACH_TARGET
-def test_same_call_twice_is_bitwise_equal(backend: str, device: str, case: Case) -> None:
+def test_twenty_runs_are_bitwise_equal(backend: str, device: str, case: Case) -> None:
     call = make(case).to(dtypes(backend, device)[-1], device)
-    first, second = (differentiate(call, call.run(backend)) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    n_runs = 3 if backend == "triton" and device == "cpu" else 20
+    first, *others = (differentiate(call, call.run(backend)) for _ in range(n_runs))
+    assert all(torch.equal(a, b) for run in others for a, b in zip(first, run, strict=True))
 
 
 @pytest.mark.parametrize("threads", [2, 3])

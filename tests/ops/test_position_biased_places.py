@@ -82,6 +82,24 @@ def test_signed_log_is_exact_at_every_distance(isa: str, dtype, monkeypatch) -> 
     assert bool((got[~away] == 0).all())
 
 
+@EACH_TARGET
+def test_places_up_to_300_keep_their_fraction_beside_16_bits(backend: str, device: str) -> None:
+    """lse of logits that are bias alone, where bf16 would move a place by a whole patch."""
+    dtype = dtypes(backend, device)[-1]
+    made = make(Case("far and between", 1, 40, 9, 1, 1, widths=(32,)))
+    fraction = torch.rand(1, 40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    places = made.tensors | {
+        "query": torch.zeros_like(made.tensors["query"]),
+        # patches side by side at the far corner of a slide of 300
+        "query_pos": (299 + fraction).float().double(),
+        "key_pos": (made.tensors["key_pos"] + 299).float().double(),
+    }
+    call = Call(places, made.options).to(dtype, device)
+    exact = call.to(torch.float64, "cpu").run("reference")[1]
+    plain = call.to(torch.float32, "cpu").run("reference")[1]
+    assert_within_budget("lse", call.run(backend)[1], plain, exact, torch.float32)
+
+
 @pytest.mark.parametrize("where", ["query_pos", "key_pos"])
 @EACH_TARGET
 def test_nan_goes_where_torch_sends_it(backend: str, device: str, where: str) -> None:
