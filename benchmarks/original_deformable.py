@@ -41,7 +41,7 @@ def original_deformable_attention(
     Raises:
         RuntimeError: there is no GPU or no nvcc, or the kernel did not compile or start.
     """
-    _library(value.device)
+    library_for(value.device)
     return _Original.apply(value, shapes, locations, weights)
 
 
@@ -100,7 +100,7 @@ def _launch(inputs: tuple[Tensor, ...], others: dict[str, Tensor], *, backward: 
         **{name: tensor.data_ptr() for name, tensor in others.items()},
         stream=_stream(value.device),
     )
-    function = _library(value.device).original_deformable
+    function = library_for(value.device).original_deformable
     error = function(ctypes.byref(problem), TYPES.index(value.dtype), int(backward))
     if error:
         raise RuntimeError(f"the baseline's kernel did not start: {error.decode()}")
@@ -110,8 +110,8 @@ def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
 
-def _library(device: torch.device) -> ctypes.CDLL:
-    """The compiled source, for the architecture of this device."""
+def library_for(device: torch.device) -> ctypes.CDLL:
+    """The compiled source, for the architecture of this device; RuntimeError says why not."""
     if device.type != "cuda" or torch.version.cuda is None:
         raise RuntimeError(f"the baseline needs an NVIDIA GPU; value is on {device}")
     return load(_compiled(*torch.cuda.get_device_capability(device)))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .original_deformable import library_for, original_deformable_attention
+
 
 def others(value: Tensor, shapes, locations: Tensor, weights: Tensor):
     """Ways of other packages by name, and why an absent one takes no part."""
@@ -34,4 +36,12 @@ def others(value: Tensor, shapes, locations: Tensor, weights: Tensor):
             )
     except ImportError as error:
         left_out["mmcv (CUDA)"] = (False, f"not installed: {error}")
+    if value.device.type == "cuda":
+        try:
+            library_for(value.device)
+            ways["original layout (CUDA)"] = lambda: original_deformable_attention(
+                value, sizes, locations, weights
+            )
+        except RuntimeError as error:
+            left_out["original layout (CUDA)"] = (False, str(error))
     return ways, left_out

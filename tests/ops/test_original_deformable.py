@@ -46,7 +46,7 @@ def check_baseline(case: Case, dtype: torch.dtype, device: str) -> None:
 @every_case
 def test_the_baseline_in_the_emulator(case: Case, dtype: torch.dtype, monkeypatch) -> None:
     library = original_deformable.load(build([SOURCE]))
-    monkeypatch.setattr(original_deformable, "_library", lambda device: library)
+    monkeypatch.setattr(original_deformable, "library_for", lambda device: library)
     monkeypatch.setattr(original_deformable, "_stream", lambda device: 0)
     check_baseline(case, dtype, "cpu")
 
