@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
+# CUDA kernels are built in where a GPU can run them; `make compile` compiles them everywhere
+BUILD ?= $(if $(shell command -v nvidia-smi),,cpu)
 
 .PHONY: setup demo test lint docs compile bench gpu sanitize clean
 
@@ -12,7 +14,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$(TORCH)" numpy
-	$(BIN)/pip install --quiet --editable ".[dev]"
+	SURVFUSE_BUILD=$(BUILD) $(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@
 
 demo: setup

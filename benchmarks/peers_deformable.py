@@ -30,7 +30,9 @@ def others(value: Tensor, shapes, locations: Tensor, weights: Tensor):
 
         areas = sizes.prod(-1)
         starts = areas.cumsum(0) - areas
-        if value.device.type == "cuda":
+        if value.device.type == "cpu" or value.dtype == torch.bfloat16:
+            left_out["mmcv (CUDA)"] = (True, "it takes fp16, fp32 and fp64 on a GPU")
+        else:
             ways["mmcv (CUDA)"] = lambda: MultiScaleDeformableAttnFunction.apply(
                 value, sizes, starts, locations, weights, 64
             )
