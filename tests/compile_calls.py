@@ -17,6 +17,7 @@ from survfuse.triton_kernels import pool_bag_shapes
 
 OPTIONS = ("num_warps", "num_stages")
 TYPES = {
+    torch.float64: "fp64",
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",

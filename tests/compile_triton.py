@@ -24,8 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import compile_attention
+import compile_deformable
 import compile_gated
 import compile_pool_bag
+import compile_position_biased
 import compile_spread
 import triton
 from compile_calls import OPTIONS, Launch
@@ -33,7 +35,14 @@ from survfuse.triton_kernels.pool_bag_shapes import Limits
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-CALLS = (compile_pool_bag, compile_attention, compile_gated, compile_spread)
+CALLS = (
+    compile_pool_bag,
+    compile_attention,
+    compile_gated,
+    compile_spread,
+    compile_deformable,
+    compile_position_biased,
+)
 TARGETS = {
     # shared memory a program may have, in bytes
     "sm_80": (GPUTarget("cuda", 80, 32), 166912),

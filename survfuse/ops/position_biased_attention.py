@@ -45,6 +45,7 @@ from survfuse.reference.dropout import draw_seed
 _MODULES = {
     "tiled": "survfuse.tiled.position_biased_attention",
     "native": "survfuse.native.position_biased_attention",
+    "triton": "survfuse.triton_kernels.position_biased_attention",
 }
 
 
@@ -96,7 +97,7 @@ def position_biased_attention(
             positions; None measures it, on the device. Beyond, the bias is that of the edge.
         scale: by default d ** -0.5.
         dropout_p: each weight is dropped with this probability, the rest scaled by 1 / (1 - p).
-        backend: None, "reference", "tiled" or "native".
+        backend: None, "reference", "tiled", "triton" or "native".
 
     Returns:
         [B, Lq, H, dv], or [total, H, dv] for packed queries, packed per (bag, query) in batch

@@ -28,6 +28,7 @@ if CUDA:
     TARGETS += [
         pytest.param("tiled", "cuda", marks=pytest.mark.gpu),
         pytest.param("native", "cuda", marks=pytest.mark.gpu),
+        pytest.param("triton", "cuda", marks=pytest.mark.gpu),
     ]
 both_targets = pytest.mark.parametrize(("backend", "device"), TARGETS)
 every_form = pytest.mark.parametrize("form", FORMS)

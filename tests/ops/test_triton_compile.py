@@ -41,6 +41,7 @@ def test_kernels_compile_for_hopper_without_spills() -> None:
         *("spread_tokens_fwd", "spread_tokens_rows", "spread_tokens_bwd", "spread_tokens_bag"),
         "spread_tokens_sum",
         *("gated_scores", "gated_hidden", "gated_weights", "gated_bag"),
+        *("deformable_fwd", "deformable_bwd"),
     }
 
 
