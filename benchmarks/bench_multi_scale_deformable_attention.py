@@ -9,6 +9,8 @@ from torch.nn.functional import grid_sample
 
 from survfuse import ops
 
+from .peers_deformable import others
+
 CORE = pytest.mark.core
 # levels of a DETR encoder over an 800 x 1333 image, and of one with a tenth of its queries
 ENCODER = ((100, 167), (50, 84), (25, 42), (13, 21))
@@ -34,37 +36,6 @@ def plain(value: Tensor, shapes, locations: Tensor, weights: Tensor) -> Tensor:
     shares = weights.transpose(1, 2).reshape(-1, 1, n_queries, n_levels * n_points)
     out = (torch.stack(sampled, -2).flatten(-2) * shares.to(value.dtype)).sum(-1)
     return out.view(n_batches, heads * dim, n_queries).transpose(1, 2).contiguous()
-
-
-def others(value: Tensor, shapes, locations: Tensor, weights: Tensor):
-    """Ways of other packages by name, and why an absent one takes no part."""
-    ways, left_out = {}, {}
-    sizes = torch.tensor(shapes, device=value.device)
-    try:
-        from transformers.models.deformable_detr import modeling_deformable_detr as theirs
-
-        attention = theirs.MultiScaleDeformableAttention()
-        if value.device.type == "cpu" and value.dtype != torch.float32:
-            left_out["transformers (python)"] = (True, "its grid_sample takes no 16 bits on a CPU")
-        else:
-            # its grid_sample wants one type of all
-            ways["transformers (python)"] = lambda: attention(
-                value, sizes, list(shapes), None, locations.to(value.dtype), weights, 64
-            )
-    except (ImportError, AttributeError) as error:
-        left_out["transformers (python)"] = (False, f"not installed: {error}")
-    try:
-        from mmcv.ops import MultiScaleDeformableAttnFunction
-
-        areas = sizes.prod(-1)
-        starts = areas.cumsum(0) - areas
-        if value.device.type == "cuda":
-            ways["mmcv (CUDA)"] = lambda: MultiScaleDeformableAttnFunction.apply(
-                value, sizes, starts, locations, weights, 64
-            )
-    except ImportError as error:
-        left_out["mmcv (CUDA)"] = (False, f"not installed: {error}")
-    return ways, left_out
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -106,12 +77,25 @@ def bench_multi_scale_deformable_attention(measure, device: str, shape, mode: st
                 return way()
         return torch.autograd.grad(way(), inputs, upstream)
 
+    def run_deterministically(way) -> object:
+        torch.use_deterministic_algorithms(True)
+        try:
+            return run(way)
+        finally:
+            torch.use_deterministic_algorithms(False)
+
     def check() -> None:
         with torch.no_grad():
             exact = plain(value.float(), shapes, locations, weights.float())
             error = (ours() - exact).norm() / exact.norm()
         assert error < (2e-2 if dtype == torch.bfloat16 else 1e-4), f"relative error {error:.2e}"
 
+    contenders = {name: (lambda w=way: run(w)) for name, way in ways.items()}
+    if device == "cuda" and mode == "both":
+        # sums in fixed point; on the CPU there is no other mode
+        for name in ("survfuse", "survfuse triton"):
+            way = ways[name]
+            contenders[f"{name}, deterministic"] = lambda w=way: run_deterministically(w)
     samples = locations.numel() // 2
     once = value.nbytes + locations.nbytes + weights.nbytes + upstream.nbytes
     gflop = 8e-9 * samples * dim * (1 if mode == "forward" else 3)
@@ -124,10 +108,10 @@ def bench_multi_scale_deformable_attention(measure, device: str, shape, mode: st
         mode,
         f"B={n_batches} Q={n_rows} L={n_levels} P={n_points} H={heads} d={dim}",
         dtype,
-        {name: (lambda w=way: run(w)) for name, way in ways.items()},
+        contenders,
         baseline="plain torch",
         gbytes=1e-9 * once * (1 if mode == "forward" else 3),
-        gflop=dict.fromkeys(ways, gflop),
+        gflop=dict.fromkeys(contenders, gflop),
         moved={"survfuse": 1e-9 * gathered},
         check=check,
         left_out=left_out,

@@ -38,9 +38,16 @@ struct DeformableBackward {
   void* d_points;     // [B, Q, H, L, P, 2] out  acc
   void* d_weights;    // [B, Q, H, L, P]    out  acc
   void* d_reference;  // [B, Q, H, L, 2|4]  out  acc, one part per head; null: not wanted
+  // CUDA, all null but in deterministic mode; there d_value is overwritten
+  int64_t* fixed_d_value;    // [B, S, H, d] scratch  zeroed by the caller
+  const float* fixed_scale;  // [2]          in       their product makes numbers fixed; NaN: NaN
 };
 
 void deformable_forward_cpu(const DeformableForward& p);
 void deformable_backward_cpu(const DeformableBackward& p);
+// value, out, d_out: fp32, bf16 or fp16; the rest as said, acc being fp32. Any of the backward's
+// results may be null: not wanted.
+void deformable_forward_cuda(const DeformableForward& p);
+void deformable_backward_cuda(const DeformableBackward& p);
 
 }  // namespace survfuse

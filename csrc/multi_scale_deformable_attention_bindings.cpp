@@ -49,6 +49,15 @@ DeformableBackward backward_params(const Fields& a) {
   return p;
 }
 
+#if SURVFUSE_WITH_CUDA
+DeformableBackward cuda_backward_params(const Fields& a) {
+  DeformableBackward p = backward_params(a);
+  p.fixed_d_value = a.address<int64_t>("fixed_d_value");
+  p.fixed_scale = a.address<const float>("fixed_scale");
+  return p;
+}
+#endif
+
 // A launcher of parameters that `read` makes of a dict, without the GIL.
 template <class Params>
 auto launcher(Params (*read)(const Fields&), void (*launch)(const Params&)) {
@@ -64,6 +73,10 @@ auto launcher(Params (*read)(const Fields&), void (*launch)(const Params&)) {
 void bind_multi_scale_deformable_attention(py::module_& m) {
   m.def("deformable_forward", launcher(&forward_params, &deformable_forward_cpu));
   m.def("deformable_backward", launcher(&backward_params, &deformable_backward_cpu));
+#if SURVFUSE_WITH_CUDA
+  m.def("deformable_forward_cuda", launcher(&forward_params, &deformable_forward_cuda));
+  m.def("deformable_backward_cuda", launcher(&cuda_backward_params, &deformable_backward_cuda));
+#endif
 }
 
 }  // namespace survfuse

@@ -214,7 +214,7 @@ def as_packed(
         raise ValueError(
             f"bag has shape {tuple(bag.shape)}; it must be packed [T, D] or dense [B, N, D]"
         )
-    _check_ragged("ragged", ragged, "bag", bag.device, n_bags)
+    check_ragged("ragged", ragged, "bag", bag.device, n_bags)
     return bag, ragged
 
 
@@ -248,7 +248,7 @@ def as_packed_heads(
             f"{name} has shape {tuple(tensor.shape)}; it must be packed [T, H, d] or dense "
             "[B, L, H, d]"
         )
-    _check_ragged(f"{name}_ragged", ragged, name, tensor.device, n_bags)
+    check_ragged(f"{name}_ragged", ragged, name, tensor.device, n_bags)
     return tensor, ragged
 
 
@@ -258,9 +258,10 @@ def _dense_ranges(n_bags: int, n_rows: int, device: torch.device) -> Ragged:
     return Ragged(starts, lengths, n_bags * n_rows, n_rows if n_bags else 0)
 
 
-def _check_ragged(
-    name: str, ragged: Ragged, stored: str, device: torch.device, n_bags: int | None
+def check_ragged(
+    name: str, ragged: Ragged, stored: str, device: torch.device, n_bags: int | None = None
 ) -> None:
+    """Raise unless `ragged` is one, beside an argument `stored` on `device`, of `n_bags` bags."""
     if not isinstance(ragged, Ragged):
         raise TypeError(f"{name} is {type(ragged).__name__}; it must be a survfuse.Ragged")
     n_ranges = len(ragged.lengths)

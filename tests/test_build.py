@@ -343,7 +343,8 @@ def test_wheel(sources: Path, tmp_path: Path) -> None:
     # results are of the machines they were measured on, so only what measures is installed
     installed |= {name: f"survfuse/{name}" for name in ("benchmarks", "triton_kernels")}
     for source, target in installed.items():
-        for path in (sources / source).rglob("*.py"):
+        kernels = (sources / source).rglob("*.cu")
+        for path in (*(sources / source).rglob("*.py"), *kernels):
             expected.add(f"{target}/{path.relative_to(sources / source).as_posix()}")
     assert {name for name in names if not name.startswith(folder)} == expected
     assert f"{folder}/licenses/LICENSE" in names

@@ -48,6 +48,8 @@ def test_examples(name: str) -> None:
         ops.merge_attention,
         ops.merge_over_group,
         ops.block_attention,
+        ops.grid_index,
+        ops.sample_bag,
     ],
     ids=lambda item: item.__name__,
 )

@@ -30,6 +30,7 @@ NEUTRAL = {
     "deformable": set(),
     "position_bias": {"ragged"},
     "batch": {"ragged"},
+    "grid": {"ragged"},
     "extras": set(),
     "outcomes": set(),
     "baseline_hazard": {"outcomes"},
@@ -39,7 +40,7 @@ NEUTRAL = {
 ARROWS = {
     "cli": {"training", "evaluation", "data", "benchmarks"},
     # measures what users call; nothing but the command that runs it knows of it
-    "benchmarks": {"models", "ops"},
+    "benchmarks": {"models", "layers", "ops"},
     "training": {"evaluation", "models", "data"},
     "evaluation": set(),
     "models": {"layers", "ops"},

@@ -26,11 +26,36 @@ struct Reader {
   }
 };
 
+// The softmax over all samples of one query and head. The backward computes it again: an
+// exponential of logit - lse would lose as many digits as lse has before its point.
+template <class T>
+struct SampleSoftmax {
+  const T* logits;
+  int64_t n;
+  T top, sum;
+
+  SampleSoftmax(const T* all, int64_t count) : logits(all), n(count), top(all[0]) {
+    for (int64_t i = 1; i < n; ++i) top = std::max(top, logits[i]);
+    Vec<T> sums = {};
+    for (int64_t i = 0; i < n; i += kLanes<T>) sums += exponentials(i);
+    sum = horizontal_sum<T>(sums);
+  }
+
+  T lse() const { return top + std::log(sum); }
+  // Of samples i, i + 1, ...; 0 behind the last.
+  Vec<T> weights(int64_t i) const { return exponentials(i) / splat(sum); }
+
+ private:
+  Vec<T> exponentials(int64_t i) const {
+    return vector_exp(load_first(logits + i, n - i, -std::numeric_limits<T>::infinity()) -
+                      splat(top));
+  }
+};
+
 template <class T, class R>
 class DeformableKernel {
   using Element = typename R::element;
   static constexpr int kN = kLanes<T>;
-  static constexpr T kInfinity = std::numeric_limits<T>::infinity();
   // registers of channels that are summed at once
   static constexpr int kChunk = SURVFUSE_VECTOR_BYTES == 64 ? 4 : 2;
 
@@ -60,10 +85,8 @@ class DeformableKernel {
       for (int64_t head = 0; head < in.n_heads; ++head) {
         const int64_t row = query * in.n_heads + head;
         const T* weights = static_cast<const T*>(in.weights) + row * per_head;
-        if (in.reference)
-          static_cast<T*>(p.lse)[row] = kernel.set_softmax(weights);
-        else
-          std::copy(weights, weights + per_head, kernel.samples.weight);
+        const T lse = kernel.set_weights(weights);
+        if (in.reference) static_cast<T*>(p.lse)[row] = lse;
         kernel.samples.locate(static_cast<const T*>(in.points) + 2 * row * per_head);
         kernel.gather(kernel.value(query / in.n_queries, head));
         write_row(kernel.line, in.dim, false, in.value_type, p.out, row * in.dim);
@@ -83,18 +106,14 @@ class DeformableKernel {
     for (int64_t row = begin * in.n_heads; row < end * in.n_heads; ++row) {
       const T* logits = static_cast<const T*>(in.weights) + row * per_head;
       T* gradients = static_cast<T*>(p.d_weights) + row * per_head;
-      const Vec<T> lse = splat(static_cast<const T*>(p.lse)[row]);
+      const SampleSoftmax<T> softmax(logits, per_head);
       Vec<T> mean = {};
-      for (int64_t i = 0; i < per_head; i += kN) {
-        const Vec<T> g = load_first(gradients + i, per_head - i);
-        const Vec<T> w = vector_exp(load_first(logits + i, per_head - i, -kInfinity) - lse);
-        mean += w * g;
-      }
+      for (int64_t i = 0; i < per_head; i += kN)
+        mean += softmax.weights(i) * load_first(gradients + i, per_head - i);
       const Vec<T> all = splat(horizontal_sum<T>(mean));
       for (int64_t i = 0; i < per_head; i += kN) {
         const Vec<T> g = load_first(gradients + i, per_head - i);
-        const Vec<T> w = vector_exp(load_first(logits + i, per_head - i, -kInfinity) - lse);
-        store_first(gradients + i, w * (g - all), per_head - i);
+        store_first(gradients + i, softmax.weights(i) * (g - all), per_head - i);
       }
     }
   }
@@ -104,21 +123,17 @@ class DeformableKernel {
     return static_cast<const Element*>(in.value) + batch * in.batch_stride + head * in.head_stride;
   }
 
-  // The samples' weights from logits; returns their logsumexp.
-  T set_softmax(const T* logits) {
-    T top = logits[0];
-    for (int64_t i = 1; i < samples.n; ++i) top = std::max(top, logits[i]);
-    Vec<T> sums = {};
-    for (int64_t i = 0; i < samples.n; i += kN) {
-      Vec<T> w = vector_exp(load_first(logits + i, samples.n - i) - splat(top));
-      store(samples.weight + i, w);
-      std::fill(samples.weight + std::min(samples.n, i + kN), samples.weight + i + kN, T(0));
-      sums += load(samples.weight + i);
+  // The weights of this piece's samples, from those (or the logits) of all levels; returns the
+  // logsumexp of logits.
+  T set_weights(const T* all) {
+    if (!in.reference) {
+      std::copy(all + samples.first, all + samples.first + samples.n, samples.weight);
+      return 0;
     }
-    const T sum = horizontal_sum<T>(sums);
+    const SampleSoftmax<T> softmax(all, in.n_levels * in.n_points);
     for (int64_t i = 0; i < samples.n; i += kN)
-      store(samples.weight + i, load(samples.weight + i) / splat(sum));
-    return top + std::log(sum);
+      store_first(samples.weight + i, softmax.weights(samples.first + i), samples.n - i);
+    return softmax.lse();
   }
 
   // line = the weighted sum of all corners.
@@ -163,17 +178,9 @@ class DeformableKernel {
 
   void differentiate(const DeformableBackward& p, const DeformablePiece& piece, int64_t query) {
     const int64_t row = query * in.n_heads + piece.head;
-    const int64_t at = row * in.n_levels * in.n_points + samples.first;
-    const T* weights = static_cast<const T*>(in.weights) + at;
-    if (in.reference) {
-      samples.set_reference(in, query);
-      const Vec<T> lse = splat(static_cast<const T*>(p.lse)[row]);
-      for (int64_t i = 0; i < samples.n; i += kN)
-        store_first(samples.weight + i, vector_exp(load_first(weights + i, samples.n - i) - lse),
-                    samples.n - i);
-    } else {
-      std::copy(weights, weights + samples.n, samples.weight);
-    }
+    const int64_t first = row * in.n_levels * in.n_points, at = first + samples.first;
+    if (in.reference) samples.set_reference(in, query);
+    set_weights(static_cast<const T*>(in.weights) + first);
     samples.locate(static_cast<const T*>(in.points) + 2 * at);
     read_gradient(p, row);
     const Element* rows = value(piece.batch, piece.head);

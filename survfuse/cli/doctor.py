@@ -31,8 +31,7 @@ GAINS = {
     "bench": "survfuse bench: the kernels against other people's on this machine",
     "test": "the test suite",
 }
-# until an operation has one, docs/design.md section 7
-NO_CUDA_KERNEL = "; no operation has a CUDA C++ kernel yet, GPUs are served by Triton"
+CUDA_KERNELS = "the CUDA C++ kernels of multi_scale_deformable_attention"
 MARKS = {"yes": "ok", "no": "--", "part": "!!"}
 
 
@@ -163,7 +162,7 @@ def _native() -> list[Finding]:
             else f"built, but cannot be loaded: {error}"
         )
         gain = "the C++ kernels: several times faster attention over long bags on a CPU"
-        cuda = Finding("native CUDA", "no", f"no native core{NO_CUDA_KERNEL}")
+        cuda = Finding("native CUDA", "no", "no native core", _cuda_gain())
         return [Finding("native CPU", "no", reason, gain), cuda]
     info = {**core.build_info(), **core.machine_info()}
     isas = ", ".join(info.get("cpu_isas", [])) or "none"
@@ -174,10 +173,10 @@ def _native() -> list[Finding]:
 
 
 def _native_cuda(info: dict[str, Any]) -> Finding:
-    """What the CUDA part of the core is; nothing is lost where it cannot be used, yet."""
+    """What the CUDA part of the core is."""
 
     def finding(state: str, found: str) -> Finding:
-        return Finding("native CUDA", state, found + NO_CUDA_KERNEL)
+        return Finding("native CUDA", state, found, "" if state == "yes" else _cuda_gain())
 
     if not info.get("cuda"):
         reason = "not built: nvcc was not found at installation, or SURVFUSE_BUILD=cpu was set"
@@ -195,7 +194,15 @@ def _native_cuda(info: dict[str, Any]) -> Finding:
         )
     if info.get("cuda_devices") == 0:
         return finding("no", f"{found}; no device")
-    return finding("yes", found)
+    return finding("yes", f"{found}: {CUDA_KERNELS}; other operations run on Triton")
+
+
+def _cuda_gain() -> str:
+    """What a usable CUDA part would bring: nothing where there is no NVIDIA GPU."""
+    import torch
+
+    has_gpu = torch.version.cuda is not None and torch.cuda.is_available()
+    return CUDA_KERNELS if has_gpu else ""
 
 
 def _cuda_version(number: int) -> str:

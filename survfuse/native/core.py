@@ -50,3 +50,10 @@ def coverage(starts: Tensor, lengths: Tensor, n_rows: int) -> tuple[bool, bool]:
     first, count = first[count > 0], count[count > 0]
     overlapping = bool((first[1:] < (first + count)[:-1]).any())
     return overlapping, not overlapping and int(count.sum()) == n_rows
+
+
+def launch_on_device(launcher: str, arguments: dict, device: torch.device) -> None:
+    """Call a CUDA launcher on the device's current stream."""
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        getattr(native_core(), launcher)(arguments | {"stream": stream})

@@ -10,13 +10,17 @@ import torch
 from torch import Tensor
 
 from survfuse.deformable import Sampled, Samples, SamplingNeeds
-from survfuse.native.core import CPU_ISAS, ELEMENT_TYPES, address, native_core
+from survfuse.native import multi_scale_deformable_attention_cuda as on_gpu
+from survfuse.native.core import CPU_ISAS, address, native_core
+from survfuse.native.deformable_fields import deformable_fields
 
 
 def multi_scale_deformable_attention_forward(
     value: Tensor, samples: Samples, *, isa: str = "auto"
 ) -> Sampled:
     """Out [B, Q, H * d] of the type of the value, and lse where the weights are logits."""
+    if value.device.type == "cuda":
+        return on_gpu.multi_scale_deformable_attention_forward(value, samples)
     out = value.new_empty((*samples.points.shape[:3], value.shape[3]))
     lse = None if samples.reference is None else torch.empty_like(samples.points[:, :, :, 0, 0, 0])
     arguments, alive = _arguments(value, samples, isa)
@@ -36,6 +40,8 @@ def multi_scale_deformable_attention_backward(
     isa: str = "auto",
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of value, points, weights and reference; None where not needed."""
+    if value.device.type == "cuda":
+        return on_gpu.multi_scale_deformable_attention_backward(d_out, lse, value, samples, needs)
     points, reference = samples.points, samples.reference
     d_value = points.new_zeros(value.shape) if needs.value else None
     d_points = torch.empty_like(points)
@@ -64,32 +70,6 @@ def multi_scale_deformable_attention_backward(
 
 def _arguments(value: Tensor, samples: Samples, isa: str) -> tuple[dict, tuple]:
     """The launcher's fields, and what must live until it returns."""
-    weights = samples.weights.to(samples.points.dtype)
-    reference = samples.reference
-    _, n_queries, _, n_levels, n_points, _ = samples.points.shape
-    n_batches, n_rows, n_heads, dim = value.shape
-    batch_stride, row_stride, head_stride, _ = value.stride()
-    fields = {
-        "value": address(value),
-        "value_type": ELEMENT_TYPES[value.dtype],
-        "batch_stride": batch_stride,
-        "row_stride": row_stride,
-        "head_stride": head_stride,
-        "shapes": address(samples.shapes),
-        "points": address(samples.points),
-        "weights": address(weights),
-        "weight_type": ELEMENT_TYPES[weights.dtype],
-        "reference": address(reference),
-        "reference_dim": 0 if reference is None else reference.shape[-1],
-        "n_batches": n_batches,
-        "n_queries": n_queries,
-        "n_rows": n_rows,
-        "n_heads": n_heads,
-        "dim": dim,
-        "n_levels": n_levels,
-        "n_points": n_points,
-        "n_threads": torch.get_num_threads(),
-        "isa": CPU_ISAS.index(isa),
-        "stream": 0,
-    }
-    return fields, (value, samples, weights)
+    samples = samples._replace(weights=samples.weights.to(samples.points.dtype))
+    threads = {"n_threads": torch.get_num_threads(), "isa": CPU_ISAS.index(isa)}
+    return deformable_fields(value, samples) | threads, (value, samples)

@@ -2,7 +2,8 @@
 
 Contract: survfuse/ops/position_biased_attention.py.
 Oracle: survfuse/reference/position_biased_attention.py.
-Kernels: csrc/cpu/position_biased_attention.cpp.  Math: docs/math.md, "Attention biased by position".
+Kernels: csrc/cpu/position_biased_attention.cpp.
+Math: docs/math.md, "Attention biased by position".
 """
 
 from __future__ import annotations

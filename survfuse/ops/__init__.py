@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from survfuse.attention import Attended, BlockAttended, BlockSide
+from survfuse.grid import GridIndex
 from survfuse.ops.backends import Selection, backend_obstacle, select_backend
 from survfuse.ops.bag_attends_tokens import bag_attends_tokens, bag_attends_tokens_with_lse
 from survfuse.ops.block_attention import block_attention
@@ -10,6 +11,7 @@ from survfuse.ops.cross_attention import cross_attention, cross_attention_with_l
 from survfuse.ops.cross_attention_weights import cross_attention_weights
 from survfuse.ops.gated_attention_pool import gated_attention_pool
 from survfuse.ops.gated_attention_weights import gated_attention_weights
+from survfuse.ops.grid_index import grid_index
 from survfuse.ops.merge_attention import merge_attention, merge_over_group
 from survfuse.ops.multi_scale_deformable_attention import (
     multi_scale_deformable_attention,
@@ -21,6 +23,7 @@ from survfuse.ops.position_biased_attention import (
     position_biased_attention,
     position_biased_attention_with_lse,
 )
+from survfuse.ops.sample_bag import sample_bag
 from survfuse.ops.selection import selected_backend
 from survfuse.ops.spread_tokens import spread_tokens
 from survfuse.ops.tokens_attend_bag import (
@@ -35,6 +38,7 @@ __all__ = [
     "BlockAttended",
     "BlockSide",
     "GatedBag",
+    "GridIndex",
     "PooledBag",
     "Selection",
     "backend_obstacle",
@@ -46,6 +50,7 @@ __all__ = [
     "cross_attention_with_lse",
     "gated_attention_pool",
     "gated_attention_weights",
+    "grid_index",
     "merge_attention",
     "merge_over_group",
     "multi_scale_deformable_attention",
@@ -54,6 +59,7 @@ __all__ = [
     "pool_weights",
     "position_biased_attention",
     "position_biased_attention_with_lse",
+    "sample_bag",
     "select_backend",
     "selected_backend",
     "spread_tokens",

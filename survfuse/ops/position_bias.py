@@ -20,6 +20,8 @@ from survfuse.reference.position_biased_attention import (
 
 # a tile of a wider head does not stay in the registers of a program
 _MAX_TRITON_HEAD = 256
+# nodes are numbered in 32 bits
+_MAX_TABLE = 16384
 _MAX_KERNEL_DEPTH, _MIN_WIDTH, _MAX_KERNEL_WIDTH = 3, 16, 64
 
 
@@ -111,8 +113,8 @@ def check_bias(bias: str, table_size: int, table_range: float | None) -> None:
         raise ValueError(f'bias is {bias!r}; it must be "exact" or "table"')
     if isinstance(table_size, bool) or not isinstance(table_size, int | torch.SymInt):
         raise TypeError(f"table_size is {table_size!r}; it must be an integer")
-    if table_size < 2:
-        raise ValueError(f"table_size is {table_size}; it must be at least 2")
+    if not 2 <= table_size <= _MAX_TABLE:
+        raise ValueError(f"table_size is {table_size}; it must be from 2 to {_MAX_TABLE}")
     if table_range is not None:
         check_number("table_range", table_range)
         if not 0.0 < table_range < math.inf:

@@ -92,7 +92,7 @@ def position_biased_attention(
         query_ragged: the range of rows of each bag's packed queries. Rows in no bag are never read.
         bias: "exact" evaluates the MLP for each pair; "table" on a grid, evenly spaced in slog, and
             interpolates, which is what many thousand keys need.
-        table_size: nodes along each axis of the table, at least 2.
+        table_size: nodes along each axis of the table, 2 to 16384.
         table_range: the largest offset along an axis that the table covers, in the unit of the
             positions; None measures it, on the device. Beyond, the bias is that of the edge.
         scale: by default d ** -0.5.

@@ -12,6 +12,7 @@ from survfuse.ops.gated_attention_weights import select_gated_weights_backend
 from survfuse.ops.multi_scale_deformable_attention import select_deformable_backend
 from survfuse.ops.pool_weights import check_weights_backend
 from survfuse.ops.position_biased_attention import choose_for_bias
+from survfuse.ops.sample_bag import check_sampling_backend
 from survfuse.ragged import Ragged, as_packed
 
 _FORMED = "torch forms {} tile by tile, which is cheaper here; then attention: {}"
@@ -29,11 +30,11 @@ def selected_backend(
     Args:
         op: "pool_bag", "pool_weights", "tokens_attend_bag", "bag_attends_tokens",
             "spread_tokens", "cross_attention", "gated_attention_pool",
-            "gated_attention_weights", "multi_scale_deformable_attention" or
-            "position_biased_attention" (with an MLP that kernels serve).
+            "gated_attention_weights", "multi_scale_deformable_attention",
+            "position_biased_attention" (with an MLP that kernels serve) or "sample_bag".
         tensors: the op's tensors in the order of the call, as far as they decide: rows, bag; query,
-            bag, w_k, w_v; bag, w_q, key, value; keys, values, bag; query, key, value; bag;
-            value; query, key, value.
+            bag, w_k, w_v; bag, w_q, key, value; keys, values, bag; query, key, value; bag; bag;
+            value; query, key, value; bag.
         ragged, absorb, backend: as in the call.
 
     Returns:
@@ -156,6 +157,10 @@ def _position_biased_attention(
     return choose_for_bias(key, value, 0, 0, True, backend)
 
 
+def _sample_bag(bag: Tensor, *, backend: str | None, **_) -> Selection:
+    return check_sampling_backend(backend)
+
+
 def _select(bag: Tensor, n_rows: int, backend: str | None) -> Selection:
     return select_backend(backend, device=bag.device, dtype=bag.dtype, n_rows=n_rows)
 
@@ -178,4 +183,5 @@ _OPS = {
     "gated_attention_weights": (("bag",), _gated_attention_weights),
     "multi_scale_deformable_attention": (("value",), _deformable),
     "position_biased_attention": (("query", "key", "value"), _position_biased_attention),
+    "sample_bag": (("bag",), _sample_bag),
 }

@@ -24,6 +24,7 @@ from survfuse.reference.position_biased_attention import (
     position_biased_attention,
     position_biased_attention_with_lse,
 )
+from survfuse.reference.sample_bag import sample_bag
 from survfuse.reference.spread_tokens import spread_tokens
 from survfuse.reference.tokens_attend_bag import (
     tokens_attend_bag,
@@ -47,6 +48,7 @@ __all__ = [
     "pool_weights",
     "position_biased_attention",
     "position_biased_attention_with_lse",
+    "sample_bag",
     "spread_tokens",
     "tokens_attend_bag",
     "tokens_attend_bag_weights",

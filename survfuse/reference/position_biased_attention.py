@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from survfuse.pooling import accumulation_type
 from survfuse.ragged import Ragged, as_packed_heads
@@ -122,8 +123,8 @@ def evaluate(mlp: Mlp, u: Tensor) -> Tensor:
     """The MLP with ReLU between its layers: [..., 2] to [..., O]."""
     *hidden, (weight, shift) = mlp
     for hidden_weight, hidden_shift in hidden:
-        u = torch.relu(u @ hidden_weight.T + hidden_shift)
-    return u @ weight.T + shift
+        u = torch.relu(linear(u, hidden_weight, hidden_shift))
+    return linear(u, weight, shift)
 
 
 def table_reach(

@@ -58,7 +58,7 @@ def multi_scale_deformable_attention_forward(value: Tensor, samples: Samples) ->
     target = out.view(-1, heads, dim)
     head = torch.arange(heads, device=value.device)[:, None]
     for tile in _tiles(value, samples):
-        weights = _weights(logits, lse, tile)
+        weights = _weights(logits, samples, tile)
         total = value.new_zeros((*weights.shape[:2], dim), dtype=kind)
         for row, held, share, _, _ in tile.corners():
             picked = torch.where(held[..., None], pixels[row, head], 0).to(kind)
@@ -77,7 +77,6 @@ def multi_scale_deformable_attention_backward(
     kind = accumulation_type(value.dtype)
     pixels = value.reshape(n_batches * n_rows, heads, dim)
     logits = samples.weights.flatten(3).flatten(0, 1).to(kind)
-    lse = None if lse is None else lse.flatten(0, 1)
     d_value = pixels.new_zeros((n_batches * n_rows * heads, dim), dtype=kind)
     d_points = torch.empty_like(samples.points).flatten(3, 4).flatten(0, 1)
     d_weights = torch.empty_like(logits)
@@ -87,7 +86,7 @@ def multi_scale_deformable_attention_backward(
     d_rows = d_out.reshape(-1, heads, dim)
     head = torch.arange(heads, device=value.device)[:, None]
     for tile in _tiles(value, samples):
-        weights, g = _weights(logits, lse, tile), d_rows[tile.rows].to(kind)
+        weights, g = _weights(logits, samples, tile), d_rows[tile.rows].to(kind)
         d_weight, d_x, d_y = (torch.zeros_like(weights) for _ in range(3))
         for row, held, share, slope_x, slope_y in tile.corners():
             picked = torch.where(held[..., None], pixels[row, head], 0).to(kind)
@@ -102,7 +101,7 @@ def multi_scale_deformable_attention_backward(
         d_pixel = torch.stack([d_x, d_y], -1)
         # what is no number lies outside and has no gradient
         d_points[tile.rows] = torch.where(tile.inside[..., None], d_pixel * tile.step, 0)
-        if lse is not None:
+        if samples.reference is not None:
             d_weight = weights * (d_weight - (weights * d_weight).sum(-1, keepdim=True))
         d_weights[tile.rows] = d_weight
         if d_reference is not None:
@@ -156,10 +155,14 @@ def _tiles(value: Tensor, samples: Samples) -> Iterator[_Tile]:
         )
 
 
-def _weights(logits: Tensor, lse: Tensor | None, tile: _Tile) -> Tensor:
-    """[n, H, s] the weights of a tile, by a softmax where lse is given."""
+def _weights(logits: Tensor, samples: Samples, tile: _Tile) -> Tensor:
+    """[n, H, s] the weights of a tile.
+
+    The backward takes the softmax again: the exponential of logit - lse would lose as many digits
+    as lse has before its point.
+    """
     weights = logits[tile.rows]
-    return weights if lse is None else (weights - lse[tile.rows][..., None]).exp()
+    return weights if samples.reference is None else weights.softmax(-1)
 
 
 def _reference_gradient(d_pixel: Tensor, tile: _Tile, samples: Samples) -> Tensor:

@@ -9,6 +9,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from survfuse.cli import doctor
 
@@ -97,13 +98,19 @@ def test_help_needs_no_extra() -> None:
         ),
     ],
 )
-def test_the_cuda_core_is_judged_by_what_it_reports(info: dict, state: str, words: str) -> None:
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_the_cuda_core_is_judged_by_what_it_reports(
+    info: dict, state: str, words: str, has_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     found = doctor._native_cuda(info)
     assert found.state == state
     assert words in found.found
-    # nothing is wrong, and nothing would be gained, while no operation has such a kernel
-    assert "no operation has a CUDA C++ kernel yet" in found.found
-    assert not found.gain
+    kernels = "the CUDA C++ kernels of multi_scale_deformable_attention"
+    assert (kernels in found.found) is (state == "yes")
+    # without a GPU nothing would be gained
+    assert (kernels in found.gain) is (has_gpu and state != "yes")
 
 
 def test_the_extra_for_slides_says_what_else_encode_needs() -> None:

@@ -25,6 +25,7 @@ class Case:
     heads: int = 2
     dim: int = 8
     points: int = 3
+    shift: float = 0.0  # of the logits
     where: str = "around"  # "around" the levels, "far" outside, on "borders", on "integers", "nan"
 
 
@@ -46,6 +47,7 @@ CASES = (
     Case("on borders", where="borders", shapes=((4, 8), (2, 2), (1, 1)), points=2),
     Case("on integers", where="integers", shapes=((4, 8), (2, 2), (1, 1)), points=2),
     Case("NaN positions", where="nan"),
+    Case("logits far from zero", shift=500.0),
     Case("many queries", queries=131, heads=3, dim=24, batch=1),
 )
 
@@ -111,9 +113,9 @@ def make_call(case: Case, form: str = "locations") -> Call:
     if case.where == "nan" and case.queries > 2:
         reference[:, 0, 0, -1], reference[:, 1] = torch.nan, torch.inf
     names = ("reference_points", "sampling_offsets", "attention_logits")
-    return Call(
-        form, case.shapes, {"value": value, **dict(zip(names, (reference, offsets, random(*grid))))}
-    )
+    logits = random(*grid) + case.shift
+    named = dict(zip(names, (reference, offsets, logits), strict=True))
+    return Call(form, case.shapes, {"value": value, **named})
 
 
 def _locations(case: Case, grid: tuple[int, ...], g: torch.Generator) -> Tensor:

@@ -6,10 +6,12 @@ import importlib
 import zlib
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from torch import Tensor
 
 from survfuse import Ragged, ops
+from survfuse.native.core import CPU_ISAS, native_core
 from tests.ops.contract import TARGETS
 from tests.ops.contract import random as normal
 
@@ -46,6 +48,7 @@ EXACT_CASES = (
     Case("no keys", n_keys=0),
     Case("no queries", n_queries=0),
     Case("no bags", n_bags=0),
+    Case("257 bags", n_bags=257, n_queries=2, n_keys=3, heads=1, groups=1),
     Case("131 keys", n_bags=1, n_queries=23, n_keys=131, widths=(32, 32), heads=8, groups=8),
     Case(
         "gaps, overlap, repeats, empty",
@@ -199,3 +202,26 @@ def targets() -> list[tuple[str, str]]:
 
 def names(call: Call) -> list[str]:
     return ["out", "lse", *(f"gradient of {name}" for name in call.tensors)]
+
+
+EACH_TARGET = pytest.mark.parametrize(
+    ("backend", "device"),
+    [
+        pytest.param(*target, marks=[pytest.mark.gpu] if target[1] == "cuda" else [])
+        for target in targets()
+    ],
+)
+TORCH_TARGETS = pytest.mark.parametrize(
+    "backend", [b for b, device in targets() if device == "cpu" and b != "triton"]
+)
+
+
+def use_isa(monkeypatch, isa: str) -> None:
+    """Have the native kernel of one instruction set run, or skip."""
+    if native_core() is None or not native_core().cpu_isa_available(CPU_ISAS.index(isa)):
+        pytest.skip(f"this processor has no {isa}")
+    module = importlib.import_module("survfuse.native.position_biased_attention")
+    for direction in ("forward", "backward"):
+        name = f"position_biased_attention_{direction}"
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, f=original: f(*a, isa=isa))

@@ -14,7 +14,9 @@ from survfuse.ops import BlockSide
 B, LQ, H, D, WIDTH = 2, 3, 2, 4, 8
 # what is exported beside the ops: types, and what tells about backends
 NOT_OPS = {"Attended", "Selection", "PooledBag", "GatedBag", "BlockSide", "BlockAttended"}
-NOT_OPS |= {"backend_obstacle", "select_backend", "selected_backend"}
+NOT_OPS |= {"backend_obstacle", "select_backend", "selected_backend", "GridIndex"}
+# prepares what a graph is given, and waits for values
+NOT_OPS |= {"grid_index"}
 
 
 class EveryOp(nn.Module):
@@ -25,6 +27,9 @@ class EveryOp(nn.Module):
         self.query = nn.Parameter(torch.randn(B, LQ, H, D))
         self.w_k = nn.Parameter(torch.randn(H, D, WIDTH))
         self.w_v = nn.Parameter(torch.randn(H, D, WIDTH))
+        corners = torch.stack([torch.arange(24) % 6, torch.arange(24) // 6], 1)
+        self.grid = ops.grid_index(corners, patch_size=1)
+        self.shapes = torch.tensor([[2, 3], [1, 2]])
 
     def forward(self, bag: Tensor, bias: Tensor, ragged: Ragged) -> dict[str, Tensor]:
         rows = torch.einsum("bqhe,hed->bqhd", self.query, self.w_k).flatten(1, 2)
@@ -37,7 +42,36 @@ class EveryOp(nn.Module):
             | self.ask_tokens(bag, ragged)
             | self.pool_gated(bag, bias, ragged)
             | self.attend_keys(bag, bias, ragged)
+            | self.deform(bag, ragged)
         )
+
+    def deform(self, bag: Tensor, ragged: Ragged) -> dict[str, Tensor]:
+        """Places are read off the features."""
+        pixels = self.w_v.flatten(0, 1).reshape(1, 8, H, D)
+        # [1, T, H, L, P, 2] of one point, [1, T, H, L, P]
+        points = bag[None].unflatten(2, (H, 2, 1, 2))
+        weights = points.sum(-1)
+        sampled = ops.multi_scale_deformable_attention(
+            pixels, self.shapes, points, weights, backend="tiled"
+        )
+        centres = bag[None].unflatten(2, (2, 4)).sigmoid()
+        boxed = ops.multi_scale_deformable_attention_from_offsets(
+            pixels, self.shapes, centres, points, weights, backend="tiled"
+        )
+        places = self.query.sum(1)[:, None, :, :2]  # [B, 1, M, 2], M = H
+        queries = torch.einsum("td,hed->the", bag, self.w_k)
+        keys = self.query[:, :H]
+        mlp = [(self.w_k[0, :, :2], bag.sum(0)[:D]), (self.w_v[0, :H, :D], bag.sum(0)[:H])]
+        attention = (queries, keys, keys, bag[:, :2], places, mlp)
+        options = {"query_ragged": ragged, "backend": "tiled"}
+        out, lse = ops.position_biased_attention_with_lse(*attention, bias="table", **options)
+        return {
+            "multi_scale_deformable_attention": sampled,
+            "multi_scale_deformable_attention_from_offsets": boxed,
+            "position_biased_attention": ops.position_biased_attention(*attention, **options),
+            "position_biased_attention_with_lse": out + lse[..., None],
+            "sample_bag": ops.sample_bag(bag, self.grid, 4 * bag[None, None, :, :2].sigmoid()),
+        }
 
     def ask_tokens(self, bag: Tensor, ragged: Ragged) -> dict[str, Tensor]:
         keys = torch.einsum("bqhe,hed->bhqd", self.query, self.w_k)

@@ -11,34 +11,26 @@ import torch._dynamo.utils
 from torch import Tensor
 
 from survfuse import ops
-from survfuse.native.core import CPU_ISAS, native_core
+from survfuse.native.core import CPU_ISAS
 from tests.ops.position_biased import (
     BIG,
     CASES,
+    EACH_TARGET,
     EXACT_CASES,
     TABLE,
     TABLE_CASES,
+    TORCH_TARGETS,
     Call,
     Case,
     differentiate,
     make,
     names,
     plain,
-    targets,
+    use_isa,
 )
 from tests.ops.test_contract import dtypes
 from tests.ops.tolerance import assert_within_budget
 
-EACH_TARGET = pytest.mark.parametrize(
-    ("backend", "device"),
-    [
-        pytest.param(*target, marks=[pytest.mark.gpu] if target[1] == "cuda" else [])
-        for target in targets()
-    ],
-)
-TORCH_TARGETS = pytest.mark.parametrize(
-    "backend", [b for b, device in targets() if device == "cpu" and b != "triton"]
-)
 EACH_CASE = pytest.mark.parametrize("case", CASES, ids=str)
 BOTH_BIASES = pytest.mark.parametrize("case", [EXACT_CASES[2], TABLE_CASES[1]], ids=str)
 MODULE = importlib.import_module("survfuse.ops.position_biased_attention")
@@ -93,16 +85,6 @@ def test_native_on_every_instruction_set(case: Case, isa: str, monkeypatch) -> N
     check_budget(case, "native", "cpu")
 
 
-def use_isa(monkeypatch, isa: str) -> None:
-    if native_core() is None or not native_core().cpu_isa_available(CPU_ISAS.index(isa)):
-        pytest.skip(f"this processor has no {isa}")
-    module = importlib.import_module(MODULE._MODULES["native"])
-    for direction in ("forward", "backward"):
-        name = f"position_biased_attention_{direction}"
-        original = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, f=original: f(*a, isa=isa))
-
-
 @BOTH_BIASES
 @EACH_TARGET
 def test_dropout_draws_the_same_mask_everywhere(backend: str, device: str, case: Case) -> None:
@@ -123,10 +105,11 @@ def test_dropout_draws_the_same_mask_everywhere(backend: str, device: str, case:
 
 @BOTH_BIASES
 @EACH_TARGET
-def test_same_call_twice_is_bitwise_equal(backend: str, device: str, case: Case) -> None:
+def test_twenty_runs_are_bitwise_equal(backend: str, device: str, case: Case) -> None:
     call = make(case).to(dtypes(backend, device)[-1], device)
-    first, second = (differentiate(call, call.run(backend)) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    n_runs = 3 if backend == "triton" and device == "cpu" else 20
+    first, *others = (differentiate(call, call.run(backend)) for _ in range(n_runs))
+    assert all(torch.equal(a, b) for run in others for a, b in zip(first, run, strict=True))
 
 
 @pytest.mark.parametrize("threads", [2, 3])
@@ -152,54 +135,6 @@ def test_gradcheck_in_fp64(backend: str, widths: tuple[int, ...], options: dict)
     assert torch.autograd.gradcheck(function, tuple(call.tensors.values()), atol=1e-6, rtol=1e-4)
 
 
-@EACH_TARGET
-def test_slope_of_the_signed_log_at_coincident_positions_is_one(backend: str, device: str) -> None:
-    """Gradients where every offset is exactly 0 are those a step away on either side."""
-    call = make(Case("coincident", 1, 3, 4, 2, 1)).to(dtypes(backend, device)[0], device)
-    tensors = dict(call.tensors)
-    for name in ("query_pos", "key_pos"):
-        tensors[name] = torch.full_like(tensors[name], 0.625).requires_grad_()
-    call = replace(call, tensors=tensors)
-    got = differentiate(call, call.run(backend))
-    exact_call = call.to(torch.float64, "cpu")
-    exact = differentiate(exact_call, exact_call.run("reference"))
-    for name, g, e in zip(names(call), got, exact, strict=True):
-        assert_within_budget(name, g, e, e, torch.float32)
-    # the step away, which moves no kink of this MLP
-    moved = dict(exact_call.tensors)
-    moved["query_pos"] = (moved["query_pos"].detach() + 1e-9).requires_grad_()
-    away = Call(moved, {})
-    beside = differentiate(away, away.run("reference"))
-    assert bool(exact[5].abs().max() > 1e-3)
-    torch.testing.assert_close(exact[5], beside[5], rtol=1e-6, atol=1e-9)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("isa", ["tiled", *CPU_ISAS[1:]])
-def test_signed_log_is_exact_at_every_distance(isa: str, dtype, monkeypatch) -> None:
-    """One key that nothing is asked of: lse is the MLP, here the signed log along x."""
-    backend = "tiled" if isa == "tiled" else "native"
-    if backend == "native":
-        use_isa(monkeypatch, isa)
-    size = torch.logspace(-30, 30, 2001, dtype=torch.float64)
-    near = torch.linspace(0.0, 4.0, 3000, dtype=torch.float64)
-    x = torch.cat([size, -size, near, -near]).to(dtype)
-    at = torch.stack([x, torch.zeros_like(x)], -1)[None]
-    w0, w1 = torch.zeros(2, 2, dtype=dtype), torch.tensor([[1.0, -1.0]], dtype=dtype)
-    w0[:, 0] = torch.tensor([1.0, -1.0])
-    mlp = ((w0, torch.zeros(2, dtype=dtype)), (w1, torch.zeros(1, dtype=dtype)))
-    query, key = torch.zeros(1, len(x), 1, 4, dtype=dtype), torch.zeros(1, 1, 1, 4, dtype=dtype)
-    origin = torch.zeros(1, 1, 1, 2, dtype=dtype)
-    _, lse = ops.position_biased_attention_with_lse(
-        query, key, key, at, origin, mlp, scale=0.0, backend=backend
-    )
-    exact = x.double().abs().log1p().copysign(x.double())
-    got, away = lse.flatten(), x != 0
-    ratio = got[away].double() / exact[away]
-    assert_within_budget("ratio", ratio, torch.ones_like(ratio), torch.ones_like(ratio), dtype)
-    assert bool((got[~away] == 0).all())
-
-
 @TORCH_TARGETS
 def test_a_single_key_moves_no_query(backend: str) -> None:
     """Its weight is 1 whatever its logit: the gradient is 0, not what rounding leaves of it."""
@@ -209,6 +144,21 @@ def test_a_single_key_moves_no_query(backend: str) -> None:
             out = call.run(backend)[0]
             (d_query,) = torch.autograd.grad(out.double().square().sum(), [call.tensors["query"]])
             assert bool((d_query == 0).all())
+
+
+@pytest.mark.parametrize("options", [{}, TABLE], ids=["exact", "table"])
+@TORCH_TARGETS
+def test_an_mlp_in_16_bits_is_computed_in_32(backend: str, options: dict) -> None:
+    made = make(replace(EXACT_CASES[1], options=options)).to(torch.bfloat16)
+    places = [name for name in made.tensors if name[0] in "wb"]
+    narrow = {n: made.tensors[n].detach().bfloat16().requires_grad_() for n in places}
+    wide = {n: t.detach().float().requires_grad_() for n, t in narrow.items()}
+    outs = []
+    for layers in (narrow, wide):
+        call = Call(made.tensors | layers, made.options)
+        outs.append(differentiate(call, call.run(backend)))
+    for name, a, b in zip(names(made), *outs, strict=True):
+        assert torch.equal(a, b.to(a.dtype)), name
 
 
 @TORCH_TARGETS
@@ -232,20 +182,6 @@ def _turned(tensor: Tensor) -> Tensor:
     if tensor.dim() == 1:
         return tensor.repeat_interleave(2)[::2].requires_grad_()
     return tensor.mT.contiguous().mT.requires_grad_()
-
-
-@TORCH_TARGETS
-def test_one_position_for_all_bags(backend: str) -> None:
-    call = make(EXACT_CASES[0]).to(torch.float64)
-    shared = call.tensors["query_pos"][0].detach().requires_grad_()
-    tensors = call.tensors | {"query_pos": shared}
-    got = differentiate(Call(tensors, {}), Call(tensors, {}).run(backend))
-    repeated = shared.detach().expand(2, -1, -1).clone().requires_grad_()
-    tensors = call.tensors | {"query_pos": repeated}
-    expected = differentiate(Call(tensors, {}), Call(tensors, {}).run(backend))
-    expected[5] = expected[5].sum(0)
-    for name, g, e in zip(names(call), got, expected, strict=True):
-        assert_within_budget(name, g, e, e, torch.float64)
 
 
 @TORCH_TARGETS
@@ -351,33 +287,6 @@ def test_gradients_nobody_wants_are_not_computed(backend: str, device: str) -> N
             alone = Call({n: tensors[n] for n in group}, {})
             for name, gradient in zip(group, differentiate(alone, results)[2:], strict=True):
                 assert torch.equal(gradient, every[name])
-
-
-@pytest.mark.parametrize("where", ["query_pos", "key_pos"])
-@EACH_TARGET
-def test_nan_goes_where_torch_sends_it(backend: str, device: str, where: str) -> None:
-    for options in ({}, TABLE):
-        case = replace(EXACT_CASES[1], n_bags=1, n_queries=4, options=options)
-        call = make(case).to(dtypes(backend, device)[0], device)
-        with torch.no_grad():
-            call.tensors[where][0, 1, ..., 0] = torch.nan
-            for got, expected in zip(call.run(backend), call.run("reference"), strict=True):
-                assert torch.equal(got.isnan().cpu(), expected.isnan().cpu())
-                assert bool(got.isnan().any())
-                assert where == "key_pos" or not bool(got.isnan().all())
-
-
-@EACH_TARGET
-def test_infinitely_far_is_beyond_every_table(backend: str, device: str) -> None:
-    case = Case("far", n_bags=1, n_queries=4, options=TABLE | {"table_range": 9.0})
-    call = make(case).to(dtypes(backend, device)[0], device)
-    results = []
-    for far in (torch.inf, 1e9):
-        with torch.no_grad():
-            call.tensors["query_pos"][0, :, 0] = far
-            results.append(call.run(backend))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    assert bool(results[0][0].isfinite().all())
 
 
 @TORCH_TARGETS

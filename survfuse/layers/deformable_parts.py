@@ -1,0 +1,156 @@
+"""What `DeformableCrossAttention` is put together from: projections, positions, checks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from survfuse.grid import GridIndex
+from survfuse.ragged import Ragged, check_ragged
+
+
+class PositionMLP(nn.Module):
+    """The parameters of the MLP of offsets, under their released names."""
+
+    def __init__(self, width: int, n_out: int, **kind) -> None:
+        super().__init__()
+        self.mlp = nn.ModuleList(
+            [
+                nn.Sequential(nn.Linear(2, width, **kind), nn.ReLU()),
+                nn.Sequential(nn.Linear(width, width, **kind), nn.ReLU()),
+                nn.Linear(width, n_out, **kind),
+            ]
+        )
+
+    def layers(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """(weight, bias) of each layer, as `position_biased_attention` takes them."""
+        layers = (self.mlp[0][0], self.mlp[1][0], self.mlp[2])
+        return tuple((layer.weight, layer.bias) for layer in layers)
+
+
+def project(convolution: nn.Conv2d, x: Tensor) -> Tensor:
+    """A 1 x 1 convolution of tokens [..., channels], which lie as no map."""
+    if convolution.groups == 1:
+        return linear(x, convolution.weight.flatten(1), convolution.bias)
+    return project_groups(convolution, x.unflatten(-1, (convolution.groups, -1)))
+
+
+def project_groups(convolution: nn.Conv2d, x: Tensor) -> Tensor:
+    """The same of tokens [..., groups, channels / groups]."""
+    if convolution.groups == 1:
+        return linear(x.flatten(-2), convolution.weight.flatten(1), convolution.bias)
+    weight = convolution.weight.flatten(1).unflatten(0, (convolution.groups, -1))
+    return torch.einsum("...gi,goi->...go", x, weight).flatten(-2)
+
+
+def places(height: int, width: int, device: torch.device) -> Tensor:
+    """(x, y) of the cells of a map, row by row: [height * width, 2] int64."""
+    cell = torch.arange(height * width, device=device)
+    return torch.stack([cell % width, cell // width], 1)
+
+
+def normalise(at: Tensor, size: tuple[int, int]) -> Tensor:
+    """(x, y) in cells of a map of `size` (width, height), so that it reaches from -1 to 1."""
+    x, y = at.unbind(-1)
+    return torch.stack(
+        [2.0 * x / max(size[0] - 1, 1) - 1.0, 2.0 * y / max(size[1] - 1, 1) - 1.0], -1
+    )
+
+
+def packed_rows(matrix: Tensor, ragged: Ragged) -> Tensor:
+    """The rows [total, ...] of all bags in batch order; the matrix itself if it holds just these.
+
+    Waits for the device.
+    """
+    ends = ragged.lengths.cumsum(0)
+    first = ends - ragged.lengths
+    if ragged.total == matrix.shape[0] and torch.equal(ragged.starts, first):
+        return matrix
+    bag = torch.arange(ragged.n_bags, device=matrix.device).repeat_interleave(
+        ragged.lengths, output_size=ragged.total
+    )
+    packed = torch.arange(ragged.total, device=matrix.device)
+    return matrix[packed - first[bag] + ragged.starts[bag]]
+
+
+def check_sizes(
+    dim: int,
+    heads: int,
+    dim_head: int,
+    groups: int,
+    downsample: int,
+    kernel_size: int,
+    dropout: float,
+) -> None:
+    """Raise unless the sizes of a layer fit each other."""
+    for name, value in (
+        ("dim", dim),
+        ("heads", heads),
+        ("dim_head", dim_head),
+        ("offset_groups", groups),
+        ("downsample", downsample),
+    ):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}; it must be a positive integer")
+    if heads % groups or dim % groups:
+        raise ValueError(
+            f"offset_groups is {groups}; it must divide heads, {heads}, and dim, {dim}"
+        )
+    if dim < 4:
+        raise ValueError(f"dim is {dim}; the MLP of positions has dim // 4 units and needs one")
+    if kernel_size < downsample or (kernel_size - downsample) % 2:
+        raise ValueError(
+            f"kernel_size is {kernel_size} and downsample {downsample}; the first must be the "
+            "second or an even number more, so that kernels are centred on coarse cells"
+        )
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout is {dropout}; it must be at least 0 and below 1")
+
+
+def check_inputs(
+    query: Tensor,
+    context: Tensor,
+    dim: int,
+    shape: tuple[int, int] | None,
+    grid: GridIndex | None,
+    ragged: Ragged | None,
+) -> None:
+    """Raise unless the inputs of a call are dense maps with a shape, or packed bags with a grid."""
+    if (shape is None) == (grid is None):
+        given = "neither" if shape is None else "both"
+        raise ValueError(
+            f"of shape and grid {given} is given; dense maps come with shape=(h, w), packed bags "
+            "with grid="
+        )
+    n_dims, wanted = (3, f"[B, h w, {dim}]") if grid is None else (2, f"[T, {dim}]")
+    for name, tensor in (("query", query), ("context", context)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is {type(tensor).__name__}; it must be a tensor")
+        if tensor.dim() != n_dims or tensor.shape[-1] != dim:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {wanted}")
+    if context.shape != query.shape or context.dtype != query.dtype:
+        raise ValueError(
+            f"context is {context.dtype} of shape {tuple(context.shape)} and query {query.dtype} "
+            f"of shape {tuple(query.shape)}; they must be alike, since they lie on the same maps"
+        )
+    if grid is None:
+        _check_dense(query, shape, ragged)
+        return
+    if not isinstance(grid, GridIndex):
+        raise TypeError(f"grid is {type(grid).__name__}; it must be a survfuse.grid.GridIndex")
+    if ragged is not None:
+        check_ragged("ragged", ragged, "query", query.device, grid.n_bags)
+        ragged.check(query.shape[0])
+    elif grid.n_bags != 1:
+        raise ValueError(f"grid has {grid.n_bags} bags; ragged must say which rows they are")
+
+
+def _check_dense(query: Tensor, shape: tuple[int, int], ragged: Ragged | None) -> None:
+    if ragged is not None:
+        raise ValueError("ragged is given beside shape; dense maps are of one length")
+    if len(shape) != 2 or min(shape) < 1 or shape[0] * shape[1] != query.shape[1]:
+        raise ValueError(
+            f"shape is {tuple(shape)} and query has {query.shape[1]} tokens; it must be "
+            "(height, width) of the map they fill"
+        )
