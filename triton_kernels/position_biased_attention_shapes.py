@@ -34,14 +34,14 @@ class Problem(NamedTuple):
     def block_h(self) -> int:
         """Heads of a group that share a program, and an evaluation of their MLP."""
         wide = max(self.head_dim, self.value_dim) > 64
-        most = 1 if not self.half or self.width > 32 else 2 if wide else 4
+        most = 1 if not self.half or self.width > 32 or wide else 2
         return min(most, triton.next_power_of_2(self.per_group))
 
 
 def blocks(problem: Problem) -> dict[str, int]:
     """Of every kernel that walks tiles of pairs."""
     block_h = problem.block_h
-    block_q, block_n = 16, 32 if problem.width == 0 and block_h < 4 else 16
+    block_q, block_n = 16, 32 if problem.width == 0 else 16
     # a warp holds all of a layer's weight: more pairs at once would leave too little beside it
     piece = (
         (32 if problem.half and problem.width < 64 else 16) if problem.width else block_q * block_n

@@ -82,7 +82,7 @@ def test_layout_of_16_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All gradients of keys in one launch, and several heads in a program."""
     monkeypatch.setattr(shapes.Problem, "half", True)
     monkeypatch.setattr(shapes.Problem, "tight", False)
-    assert launchers.shapes.Problem(torch.float32, 8, 8, 3, 16, 1).block_h == 4
+    assert launchers.shapes.Problem(torch.float32, 8, 8, 3, 16, 1).block_h == 2
     check_budget(SMALL[name], "triton", DEVICE)
 
 
