@@ -59,7 +59,7 @@ def position_biased_attention_forward(
     Returns:
         out [total, H, dv] of the type of the query, lse [total, H] fp32.
 
-    Cost: the MLP once per pair, group and two heads of it, or each; keys and values once per tile of
+    Cost: the MLP once per pair, group and one or two heads of it; keys and values once per tile of
     queries, out of L2. One launch.
     """
     total, heads = attention.total, query.shape[1]
