@@ -199,7 +199,12 @@ def deformable_bwd_kernel(
                     here = held[:, None] & mask_d
                     if d_value_ptr.dtype.element_ty == tl.int64:
                         units = add.to(tl.float64) * tl.load(per_unit_ptr)
-                        tl.atomic_add(to, tl.floor(units + 0.5).to(tl.int64), here, "relaxed")
+                        tl.atomic_add(
+                            to,
+                            (units + tl.where(units < 0, -0.5, 0.5)).to(tl.int64),
+                            here,
+                            "relaxed",
+                        )
                     else:
                         tl.atomic_add(to, add, here, "relaxed")
             if d_weights_ptr is not None:

@@ -40,6 +40,8 @@ SMALL = {
     "table, heads share groups": replace(TABLE_CASES[1], n_bags=1, n_keys=9, n_queries=5),
     "table, much beyond it": replace(TABLE_CASES[6], n_bags=1, n_keys=9),
 }
+# a piece is walked pair by pair: so few of them as make several pieces
+IN_PIECES = Case("in pieces", n_bags=1, n_queries=9, n_keys=5, heads=1, groups=1, widths=(17, 9))
 EACH_CASE = pytest.mark.parametrize("case", SMALL.values(), ids=SMALL)
 
 
@@ -69,7 +71,7 @@ def test_results_and_gradients_within_budget(case: Case) -> None:
     check_budget(case, "triton", DEVICE)
 
 
-@pytest.mark.parametrize("case", [SMALL["two hidden layers"], SMALL["table"]], ids=str)
+@pytest.mark.parametrize("case", [IN_PIECES, SMALL["table"]], ids=str)
 def test_tiles_in_pieces(case: Case) -> None:
     check_budget(case, "triton", DEVICE)
 
