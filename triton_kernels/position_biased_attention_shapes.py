@@ -43,9 +43,8 @@ def blocks(problem: Problem) -> dict[str, int]:
     block_h = problem.block_h
     block_q, block_n = 16, 32 if problem.width == 0 else 16
     # a warp holds all of a layer's weight: more pairs at once would leave too little beside it
-    piece = (
-        (32 if problem.half and problem.width < 64 else 16) if problem.width else block_q * block_n
-    )
+    few = not problem.half or problem.width > 32 or block_h > 1
+    piece = (16 if few else 32) if problem.width else block_q * block_n
     return {
         # a number per pair and head, and its slopes along x and y
         "SCRATCH": (block_h + 2) * block_q * block_n,
