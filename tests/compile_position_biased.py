@@ -79,7 +79,7 @@ def cases(target: str, quick: bool) -> list[Case]:
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     hip = target.startswith("gfx")
     if quick:
-        return [Case(bf16), Case(fp32, 0, 0, 2, 32, deterministic=True)]
+        return [Case(bf16, hip=hip), Case(fp32, 0, 0, 2, 32, deterministic=True, hip=hip)]
     listed = [
         Case(dtype, width, depth, hip=hip)
         for dtype in (bf16, fp32)

@@ -31,9 +31,10 @@ class _Shape(NamedTuple):
     per_thread: int
     # the same in rows that one warp would not hold so; what is more takes more warps
     most: int
+    most_warps: int
 
 
-_READ, _ADD, _COUNT = _Shape(2, 8, 8), _Shape(1, 4, 8), _Shape(1, 2, 2)
+_READ, _ADD, _COUNT = _Shape(2, 8, 8, 8), _Shape(1, 4, 8, 8), _Shape(1, 2, 1, 4)
 
 
 def multi_scale_deformable_attention_forward(value: Tensor, samples: Samples) -> Sampled:
@@ -156,7 +157,7 @@ def _call(
     unit = math.gcd(*strides, 16)
     sizes = (samples.points[..., 0, 0, 0].numel(), n_queries, value.shape[1])
     block_d = triton.next_power_of_2(value.shape[3])
-    warps = min(max(shape.warps, block_d // (32 * shape.most)), 8)
+    warps = min(max(shape.warps, block_d // (32 * shape.most)), shape.most_warps)
     constants = {
         "UNIT": unit,
         "HEADS": heads,
