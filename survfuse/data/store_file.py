@@ -228,6 +228,8 @@ def _room(group: Any, name: str, shape: tuple[int, ...], dtype: np.dtype) -> Any
     settings.set_layout(h5py.h5d.CONTIGUOUS)
     settings.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     settings.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    # the same bags give the same bytes, whenever they are packed
+    settings.set_obj_track_times(False)
     space = h5py.h5s.create_simple(shape)
     kind = h5py.h5t.py_create(dtype, logical=True)
     identifier = h5py.h5d.create(group.id, name.encode(), kind, space, settings)
