@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 
 import h5py
 import numpy as np
@@ -194,13 +193,6 @@ def stop_after(folder, out, n_done=3):
 
     with pytest.raises(KeyboardInterrupt):
         pack(folder, out, progress=stop)
-
-
-def test_the_same_bags_give_the_same_bytes_a_second_later(tmp_path, folder):
-    pack(folder, tmp_path / "now.h5")
-    time.sleep(1.1)
-    pack(folder, tmp_path / "later.h5")
-    assert (tmp_path / "now.h5").read_bytes() == (tmp_path / "later.h5").read_bytes()
 
 
 def test_killed_and_resumed(tmp_path, folder, counted):

@@ -1,7 +1,8 @@
-"""The journal of an unfinished store: locked, and never louder than what went wrong."""
+"""A store in the making: the journal of an unfinished one, and what its bytes depend on."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -26,3 +27,11 @@ def test_a_journal_without_room_says_so_once() -> None:
         journal.add("a.h5", 1)
     # closing must not try again: its error would hide the one that says what was kept
     journal.close(keep=True)
+
+
+def test_the_same_bags_give_the_same_bytes_a_second_later(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.ones((3, 8), dtype=np.float32))
+    packing.pack(tmp_path / "a.npy", tmp_path / "now.h5")
+    time.sleep(1.1)
+    packing.pack(tmp_path / "a.npy", tmp_path / "later.h5")
+    assert (tmp_path / "now.h5").read_bytes() == (tmp_path / "later.h5").read_bytes()
