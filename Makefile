@@ -33,8 +33,8 @@ docs: setup
 	$(BIN)/python -m benchmarks.render --check
 
 # ahead-of-time compiles without a GPU: every Triton kernel for every target, and for Hopper, where
-# nothing may spill, every configuration the launchers choose; then, where there is an nvcc, every
-# CUDA file for every architecture
+# nothing may spill but what is listed with its bytes, every configuration the launchers choose;
+# then, where there is an nvcc, every CUDA file for every architecture
 compile: setup
 	env -u TRITON_INTERPRET $(BIN)/python tests/compile_triton.py --quick
 	env -u TRITON_INTERPRET $(BIN)/python tests/compile_triton.py --targets sm_90
