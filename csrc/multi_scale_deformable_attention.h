@@ -32,7 +32,6 @@ struct DeformableForward {
 
 struct DeformableBackward {
   DeformableParams in;
-  const void* lse;    // [B, Q, H]          in   acc; null without a reference
   const void* d_out;  // [B, Q, H, d]       in   the value's type
   void* d_value;      // [B, S, H, d]       out  acc, zeroed by the caller; null: not wanted
   void* d_points;     // [B, Q, H, L, P, 2] out  acc

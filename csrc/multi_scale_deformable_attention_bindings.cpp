@@ -40,7 +40,6 @@ DeformableForward forward_params(const Fields& a) {
 DeformableBackward backward_params(const Fields& a) {
   DeformableBackward p{};
   p.in = deformable_params(a);
-  p.lse = a.address("lse");
   p.d_out = a.address("d_out");
   p.d_value = a.address("d_value");
   p.d_points = a.address("d_points");

@@ -11,7 +11,8 @@ class Sampled(NamedTuple):
     """What an implementation returns."""
 
     out: Tensor  # [B, Q, H * d], dtype of the value
-    # [B, Q, H] logsumexp of the logits, fp32 (fp64 for fp64); None where weights were given
+    # [B, Q, H] logsumexp of the logits, fp32 (fp64 for fp64); None where weights were given. It is
+    # finite where they are: backwards take the softmax again
     lse: Tensor | None
 
 

@@ -14,9 +14,8 @@ from survfuse.triton_kernels.pool_bag_shapes import Limits
 from survfuse.attention import Attended
 from survfuse.position_bias import PositionBias, PositionedAttention, PositionedNeeds
 
-
-# bytes on sm_90, and none elsewhere: a warp holds a layer's weight, in fp32 both of its TF32 halves.
-# Goes when the kernels hold less; docs/kernels.md says so too.
+# bytes on sm_90: a warp holds a layer's weight, in fp32 both of its TF32 halves. Goes when the
+# kernels hold less; docs/kernels.md says so too.
 KNOWN_SPILLS = {
     "bf16 W=64 x3 O=4 d=128+dropout": 528,
     "fp16 W=32 x2 O=1 d=128": 16,

@@ -39,7 +39,10 @@ def multi_scale_deformable_attention_backward(
     *,
     isa: str = "auto",
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of value, points, weights and reference; None where not needed."""
+    """Gradients of value, points, weights and reference; None where not needed.
+
+    The softmax is taken again, so that lse is not read.
+    """
     if value.device.type == "cuda":
         return on_gpu.multi_scale_deformable_attention_backward(d_out, lse, value, samples, needs)
     points, reference = samples.points, samples.reference
@@ -51,7 +54,6 @@ def multi_scale_deformable_attention_backward(
         d_reference = points.new_empty((*points.shape[:4], reference.shape[-1]))
     arguments, alive = _arguments(value, samples, isa)
     arguments |= {
-        "lse": address(lse),
         "d_out": address(d_out),
         "d_value": address(d_value),
         "d_points": address(d_points),

@@ -38,7 +38,10 @@ def multi_scale_deformable_attention_forward(value: Tensor, samples: Samples) ->
 def multi_scale_deformable_attention_backward(
     d_out: Tensor, lse: Tensor | None, value: Tensor, samples: Samples, needs: SamplingNeeds
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """d_value, d_points, d_weights, d_reference in fp32; None where not needed."""
+    """d_value, d_points, d_weights, d_reference in fp32; None where not needed.
+
+    lse only tells whether weights are finite, where sums are in fixed point.
+    """
     arguments, alive = _arguments(value, samples)
     d_out = _aligned(d_out)
     points = samples.points
@@ -57,7 +60,6 @@ def multi_scale_deformable_attention_backward(
         shape = (*points.shape[:4], samples.reference.shape[-1])
         d_reference = points.new_zeros(shape)
     arguments |= {
-        "lse": address(lse),
         "d_out": address(d_out),
         "d_value": address(d_value),
         "d_points": address(d_points),
