@@ -59,8 +59,8 @@ def position_biased_attention_forward(
     Returns:
         out [total, H, dv] of the type of the query, lse [total, H] fp32.
 
-    Cost: the MLP once per pair, group and one or two heads of it; keys and values once per tile of
-    queries, out of L2. One launch.
+    Cost: the MLP once per pair and head; keys and values once per tile of queries, out of L2. One
+    launch.
     """
     total, heads = attention.total, query.shape[1]
     out = query.new_empty((total, heads, value.shape[3]))
@@ -69,14 +69,13 @@ def position_biased_attention_forward(
         # without values there is still a logsumexp, of no use to anybody
         return Attended(out.zero_(), lse.fill_(-torch.inf))
     call = _Call(query, key, value, query_pos, key_pos, bias, attention)
-    blocks = shapes.blocks(call.problem)
-    programs = call.tiles(blocks) * call.parts
+    blocks = shapes.forward_blocks(call.problem)
+    programs = call.tiles(blocks) * query.shape[1]
     position_biased_fwd_kernel[(programs,)](
         *call.inputs,
-        call.scratch(programs, blocks),
         out,
         lse,
-        *call.sizes(blocks),
+        *call.sizes,
         *call.numbers,
         **call.constants,
         **blocks,
@@ -103,9 +102,10 @@ def position_biased_attention_backward(
         their inputs, d_query_pos, d_key_pos and that of the bias' parameters fp32. Rows in no bag
         have gradient 0; those of overlapping bags are summed in ascending order.
 
-    Cost: the MLP is evaluated and differentiated twice per pair, by queries and by keys. Workspace:
-    one fp32 d_query; partials of the keys' gradients under max(16 MB, one set), and those of the
-    MLP's parameters once per program.
+    Cost: the MLP is evaluated twice per pair, by queries and by keys, and differentiated where the
+    places of either or its parameters want it; more often where one launch cannot hold all sums
+    (position_biased_attention_shapes.py). Workspace: one fp32 d_query; partials of the keys'
+    gradients, and those of the MLP's parameters, each under max(16 MB, one set).
     """
     likes = (query, key, value, query_pos, key_pos, bias.parameters)
     gradients = PositionedNeeds(
@@ -121,83 +121,94 @@ def position_biased_attention_backward(
     lse = results.lse.contiguous()
     # per result: the mean gradient of its weights, and what makes these sum to 1
     rows = lse.new_empty((2, *lse.shape))
-    blocks = shapes.blocks(call.problem)
     packed = lse.new_empty((attention.total, *query.shape[1:])) if needs.query else None
-    moved = lse.new_empty((attention.total, call.parts, 2)) if needs.query_pos else None
-    programs = call.tiles(blocks) * call.parts
-    for targets in call.passes((packed,), (moved,)):
+    moved = lse.new_empty((attention.total, query.shape[1], 2)) if needs.query_pos else None
+    launches = shapes.query_launches(call.problem, moves=needs.query_pos)
+    for launch in call.needed(launches, packed, moved, None):
+        programs = call.tiles(launch.blocks) * query.shape[1]
         position_biased_query_kernel[(programs,)](
             *call.inputs,
-            call.scratch(programs, blocks),
-            *(out, lse, d_out, d_lse, rows, *targets),
-            *call.sizes(blocks),
+            *(out, lse, d_out, d_lse, rows),
+            packed if launch.features else None,
+            moved if launch.moves else None,
+            *call.sizes,
             attention.total,
             *call.numbers,
             **call.constants,
-            **blocks,
+            **launch.blocks,
         )
     call.unpack(packed, gradients.query, 1)
-    call.unpack(moved, gradients.query_pos, call.parts)
+    call.unpack(moved, gradients.query_pos, query.shape[1])
     if needs.key or needs.value or needs.key_pos or needs.bias:
-        return tuple(_backward_keys(call, blocks, (lse, d_out, d_lse, rows), gradients))
+        return tuple(_backward_keys(call, (lse, d_out, d_lse, rows), gradients))
     return tuple(gradients)
 
 
 def _backward_keys(
-    call: _Call, blocks: dict[str, int], saved: tuple[Tensor, ...], gradients: PositionedNeeds
+    call: _Call, saved: tuple[Tensor, ...], gradients: PositionedNeeds
 ) -> PositionedNeeds:
     """Fill d_key, d_value and d_key_pos; the gradients with that of the bias."""
     a, lse = call.attention, saved[0]
     n_bags, n_keys, heads, width = call.key.shape
     value_dim = call.value.shape[3]
-    n_tiles = -(-n_keys // blocks["BLOCK_N"])
+    launches = shapes.key_launches(call.problem)
+    block_q, block_n = (launches[0].blocks[name] for name in ("BLOCK_Q", "BLOCK_N"))
+    n_tiles = -(-n_keys // block_n)
     rows = shapes.rows_per_slot(
         a.total,
         n_bags,
-        blocks["BLOCK_Q"],
-        programs=n_tiles * call.parts,
-        slot_bytes=4 * n_keys * (heads * (width + value_dim) + 2 * call.parts),
+        block_q,
+        programs=n_tiles * heads,
+        slot_bytes=4 * n_keys * heads * (width + value_dim + 2),
         limits=pool_bag_shapes.device_limits(call.key.device),
     )
     n_slots = shapes.slots(a.total, a.max_length, n_bags, rows)
-    programs = n_slots * n_tiles * call.parts
+    d_bias, per_unit, run = gradients.bias, None, 1
+    if d_bias is not None and call.bias.reach is None:
+        run = shapes.tiles_per_program(n_slots * heads, n_tiles, 4 * d_bias.numel())
+    programs = n_slots * -(-n_tiles // run) * heads
+    if d_bias is not None and call.bias.reach is None:
+        d_bias = lse.new_zeros((programs, d_bias.numel()))
+    elif d_bias is not None and torch.are_deterministic_algorithms_enabled():
+        d_bias, per_unit = d_bias.to(torch.int64), call.units(saved)
     sizes = (
         (n_slots, n_keys, heads, width),
         (n_slots, n_keys, heads, value_dim),
-        (n_slots, call.parts, n_keys, 2),
+        (n_slots, heads, n_keys, 2),
     )
     targets = (gradients.key, gradients.value, gradients.key_pos)
     parts = [
         None if target is None else lse.new_empty(size)
         for target, size in zip(targets, sizes, strict=True)
     ]
-    d_bias, per_unit = gradients.bias, None
-    if d_bias is not None and call.bias.reach is None:
-        d_bias = lse.new_zeros((programs, d_bias.numel()))
-    elif d_bias is not None and torch.are_deterministic_algorithms_enabled():
-        d_bias, per_unit = d_bias.to(torch.int64), call.units(saved)
-    halved = call.problem.tight and call.bias.depth > 1
-    for chosen in call.passes(parts[:2], parts[2:], (d_bias,)):
-        for bias_part in (1, 2) if halved and chosen[-1] is not None else (0,):
-            position_biased_key_kernel[(programs,)](
-                *call.inputs,
-                call.scratch(programs, blocks),
-                *saved,
-                per_unit,
-                *chosen,
-                *call.sizes(blocks),
-                rows,
-                a.total,
-                *call.numbers,
-                **call.constants,
-                **blocks,
-                BIAS_PART=bias_part,
-            )
-    split = (1, 1, call.parts // call.key_pos.shape[1])
+    features = parts[0] if parts[0] is not None else parts[1]
+    for launch in call.needed(launches, features, parts[2], d_bias):
+        adds = launch.adds if d_bias is not None else 0
+        position_biased_key_kernel[(programs,)](
+            *call.inputs,
+            *saved,
+            per_unit,
+            *(part if launch.features else None for part in parts[:2]),
+            parts[2] if launch.moves else None,
+            d_bias if adds else None,
+            *call.sizes,
+            rows,
+            run,
+            a.total,
+            *call.numbers,
+            **call.constants,
+            **launch.blocks,
+            N_WARPS=launch.blocks["num_warps"],
+            ADDS=adds,
+        )
+    split = (1, 1, heads // call.key_pos.shape[1])
     for part, target, n_parts in zip(parts, targets, split, strict=True):
         call.add_slots(part, target, rows, n_parts)
     if d_bias is not None and call.bias.reach is None:
         d_bias = d_bias.sum(0)
+        # what is added to all logits of a row moves its lse alone
+        by_head = saved[2].view(a.total, -1, heads // call.key_pos.shape[1])
+        d_bias[-by_head.shape[2] :] = by_head.sum((0, 1))
     elif per_unit is not None:
         d_bias = (d_bias / per_unit).to(torch.float32)
     return gradients._replace(bias=d_bias)
@@ -221,15 +232,10 @@ class _Call(NamedTuple):
             dtype=self.key.dtype,
             head_dim=self.key.shape[3],
             value_dim=self.value.shape[3],
-            per_group=self.key.shape[2] // self.key_pos.shape[1],
             width=self.bias.width,
             depth=self.bias.depth,
+            dropout=self.attention.dropout_p > 0,
         )
-
-    @property
-    def parts(self) -> int:
-        """Programs that share a tile: groups, and blocks of a group's heads."""
-        return self.key_pos.shape[1] * -(-self.problem.per_group // self.problem.block_h)
 
     def tiles(self, blocks: dict[str, int]) -> int:
         """At most so many tiles of queries."""
@@ -243,30 +249,28 @@ class _Call(NamedTuple):
         seed = a.seed if a.dropout_p > 0 else None
         return (*self[:5], self.bias.parameters, self.bias.reach, seed, a.starts, a.lengths)
 
-    def passes(self, *targets: tuple[Tensor | None, ...]) -> list[tuple[Tensor | None, ...]]:
-        """What each launch of a kernel writes, of all `targets`: those of all groups at once, or,
-        where these would not stay in registers together, of a group at a time."""
-        every = [target for group in targets for target in group]
-        if not self.problem.tight:
-            return [tuple(every)]
-        found, at = [], 0
-        for group in targets:
-            chosen = [None] * at + list(group) + [None] * (len(every) - at - len(group))
-            at += len(group)
-            if any(target is not None for target in group):
-                found.append(tuple(chosen))
-        # the query's kernel has something to write in any case
-        return found or [tuple(every)]
+    @staticmethod
+    def needed(
+        launches: list[shapes.Launch],
+        features: Tensor | None,
+        places: Tensor | None,
+        bias: Tensor | None,
+    ) -> list[shapes.Launch]:
+        """Those of `launches` that write what there is; the first, if none does."""
+        found = [
+            launch
+            for launch in launches
+            if (launch.features and features is not None)
+            or (launch.moves and places is not None)
+            or (launch.adds and bias is not None)
+        ]
+        return found or launches[:1]
 
-    def scratch(self, programs: int, blocks: dict[str, int]) -> Tensor:
-        """Where programs pass a tile between its pieces and itself."""
-        return self.query_pos.new_empty((programs, blocks["SCRATCH"]))
-
-    def sizes(self, blocks: dict[str, int]) -> tuple[int, ...]:
-        """Bags, stored queries, keys of a bag, pairs of a tile, nodes along a table's axis."""
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Bags, stored queries, keys of a bag, nodes along a table's axis."""
         nodes = 0 if self.bias.reach is None else self.bias.parameters.shape[1]
-        pairs = blocks["BLOCK_Q"] * blocks["BLOCK_N"]
-        return self.key.shape[0], self.query.shape[0], self.key.shape[1], pairs, nodes
+        return self.key.shape[0], self.query.shape[0], self.key.shape[1], nodes
 
     @property
     def _strides(self) -> tuple[tuple[int, ...], ...]:

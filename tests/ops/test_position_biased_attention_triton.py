@@ -40,8 +40,6 @@ SMALL = {
     "table, heads share groups": replace(TABLE_CASES[1], n_bags=1, n_keys=9, n_queries=5),
     "table, much beyond it": replace(TABLE_CASES[6], n_bags=1, n_keys=9),
 }
-# a piece is walked pair by pair: so few of them as make several pieces
-IN_PIECES = Case("in pieces", n_bags=1, n_queries=9, n_keys=5, heads=1, groups=1, widths=(17, 9))
 EACH_CASE = pytest.mark.parametrize("case", SMALL.values(), ids=SMALL)
 
 
@@ -53,56 +51,51 @@ def _deterministic_with_nan_in_fresh_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture
-def whole_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tile is one piece."""
-    blocks = shapes.blocks
-
-    def patched(problem):
-        found = blocks(problem)
-        return found | {"PIECE": found["BLOCK_Q"] * found["BLOCK_N"]}
-
-    monkeypatch.setattr(shapes, "blocks", patched)
-
-
-@pytest.mark.usefixtures("whole_tiles")
 @EACH_CASE
 def test_results_and_gradients_within_budget(case: Case) -> None:
     check_budget(case, "triton", DEVICE)
 
 
-@pytest.mark.parametrize("case", [IN_PIECES, SMALL["table"]], ids=str)
-def test_tiles_in_pieces(case: Case) -> None:
-    check_budget(case, "triton", DEVICE)
+@pytest.mark.parametrize(("warps", "turns"), [(4, 1), (4, 4), (8, 2)])
+@pytest.mark.parametrize("name", ["one hidden layer", "three hidden layers", "heads share groups"])
+def test_every_layout(name: str, warps: int, turns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What 16 bits and wide layers take: everything in one launch, of any warps and turns."""
 
+    def blocks(problem: object, **_: int) -> dict[str, int]:
+        return made(problem, warps=warps, turns=turns)
 
-@pytest.mark.usefixtures("whole_tiles")
-@pytest.mark.parametrize(
-    "name", ["three hidden layers", "heads share groups", "table, heads share groups"]
-)
-def test_layout_of_16_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All gradients of keys in one launch, and several heads in a program."""
-    monkeypatch.setattr(shapes.Problem, "half", True)
-    monkeypatch.setattr(shapes.Problem, "tight", False)
-    assert launchers.shapes.Problem(torch.float32, 8, 8, 3, 16, 1).block_h == 2
+    made = shapes._blocks
+    monkeypatch.setattr(shapes, "_blocks", blocks)
+    problem = shapes.Problem(torch.bfloat16, 8, 8, 16, 1, dropout=False)
+    once = [shapes.Launch(True, True, 3, shapes.key_launches(problem)[0].blocks)]
+    monkeypatch.setattr(shapes, "key_launches", lambda _: once)
     check_budget(SMALL[name], "triton", DEVICE)
 
 
-@pytest.mark.usefixtures("whole_tiles")
 def test_slots_of_queries_are_summed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shapes, "rows_per_slot", lambda *_, **__: 16)
     case = Case("slots", ranges=((2, 35), (1, 18)), n_stored=40, n_keys=3)
     check_budget(case, "triton", DEVICE)
 
 
-@pytest.mark.usefixtures("whole_tiles")
+def test_a_program_walks_several_tiles_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shapes, "tiles_per_program", lambda *_: 2)
+    check_budget(Case("tiles", n_bags=1, heads=2, groups=1, n_keys=35), "triton", DEVICE)
+
+
+def test_what_programs_leave_of_the_parameters_stays_within_16_mb() -> None:
+    n_tiles, each = 375, 4 * 8641
+    run = shapes.tiles_per_program(8, n_tiles, each)
+    assert 8 * -(-n_tiles // run) * each <= 16 * 2**20 < 8 * -(-n_tiles // (run - 1)) * each
+    assert shapes.tiles_per_program(8, 9, each) == 1
+
+
 def test_the_table_by_atomics() -> None:
     """Elsewhere the fixture asks for the fixed point."""
     torch.use_deterministic_algorithms(False)
     check_budget(SMALL["table, heads share groups"], "triton", DEVICE)
 
 
-@pytest.mark.usefixtures("whole_tiles")
 @pytest.mark.parametrize("size", [1e-30, 1e30])
 def test_sums_in_fixed_point_take_any_size(size: float) -> None:
     call = make(SMALL["table"]).to(torch.float32, DEVICE)
@@ -115,7 +108,6 @@ def test_sums_in_fixed_point_take_any_size(size: float) -> None:
         torch.testing.assert_close(b.double() / size, a.double(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.usefixtures("whole_tiles")
 @pytest.mark.parametrize("name", ["heads share groups", "table"])
 def test_dropout_draws_the_same_mask(name: str) -> None:
     if DEVICE == "cuda":
@@ -133,7 +125,6 @@ def test_dropout_draws_the_same_mask(name: str) -> None:
         assert_within_budget(label, got, plain, exact, torch.float32)
 
 
-@pytest.mark.usefixtures("whole_tiles")
 def test_each_gradient_alone() -> None:
     call = make(SMALL["one hidden layer"]).to(torch.float32, DEVICE)
     every = dict(zip(call.tensors, differentiate(call, call.run("triton"))[2:], strict=True))
@@ -145,7 +136,6 @@ def test_each_gradient_alone() -> None:
             assert torch.equal(gradient, every[name])
 
 
-@pytest.mark.usefixtures("whole_tiles")
 @pytest.mark.parametrize("name", ["two hidden layers", "table"])
 @pytest.mark.parametrize("where", ["query_pos", "key_pos"])
 def test_nan_goes_where_torch_sends_it(where: str, name: str) -> None:
