@@ -77,7 +77,7 @@ def bag_attends_tokens(
     Determinism: bitwise.
     Cost: absorbed 2 N Lk H (D + dv) operations forward; one read of the bag and one write of the
     result forward, one read of both backward.
-    vmap: not supported; batch through `ragged`.
+    vmap: by the fallback of torch, one call per sample; batch through `ragged`.
 
     Example:
         >>> bag, key, value = torch.ones(5, 8), torch.zeros(1, 2, 1, 4), torch.ones(1, 2, 1, 3)

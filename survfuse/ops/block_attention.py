@@ -67,7 +67,7 @@ def block_attention(
     their type before they are merged.
     Determinism: bitwise.
     Cost: that of a `cross_attention` per block. "bag->bag" takes N^2 pairs of time, not of memory.
-    vmap: not supported; batch through `ragged`.
+    vmap: by the fallback of torch, one call per sample; batch through `ragged`.
 
     Example:
         >>> tokens = BlockSide(*(torch.randn(1, 6, 1, 8) for _ in range(3)))

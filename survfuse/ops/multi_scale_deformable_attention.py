@@ -18,6 +18,7 @@ from survfuse.ops.backends import Selection, backend_obstacle, check_backend
 from survfuse.ops.checks import check_tensor
 from survfuse.ops.flops import flop_formula
 from survfuse.ops.registration import (
+    call_op,
     fake_gradients,
     gradients_like,
     no_double_backward,
@@ -69,15 +70,15 @@ def multi_scale_deformable_attention(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or device; it is named.
-        RuntimeError: a named backend cannot serve the call; double backward (use
-            backend="reference").
+        RuntimeError: a named backend cannot serve the call; double backward, forward mode,
+            derivatives of torch.func (use backend="reference").
 
     Precision: coordinates, products and sums in fp32 (fp64); the gradient of the value is summed in
     fp32 and rounded once.
     Determinism: bitwise on the CPU. On a GPU the gradient of the value is added by atomics, in any
     order, unless `torch.use_deterministic_algorithms(True)` asks for sums in fixed point.
     Cost: 8 B Q H L P d operations forward and twice that backward; each sample gathers 4 d numbers.
-    vmap: not supported; batches are B.
+    vmap: by the fallback of torch, one call per sample; batches are B.
 
     Source: Zhu et al., "Deformable DETR", ICLR 2021, eq. 3.
 
@@ -103,7 +104,16 @@ def multi_scale_deformable_attention(
         return reference.multi_scale_deformable_attention(
             value, shapes, sampling_locations, attention_weights
         )
-    return _forward(value, shapes, sampling_locations, attention_weights, None, backend or "")[0]
+    return call_op(
+        "multi_scale_deformable_attention",
+        _forward,
+        value,
+        shapes,
+        sampling_locations,
+        attention_weights,
+        None,
+        backend or "",
+    )[0]
 
 
 def multi_scale_deformable_attention_from_offsets(
@@ -175,7 +185,7 @@ def multi_scale_deformable_attention_from_offsets(
             value, shapes, reference_points, sampling_offsets, attention_logits
         )
     inputs = (value, shapes, sampling_offsets, attention_logits, reference_points)
-    return _forward(*inputs, backend or "")[0]
+    return call_op("multi_scale_deformable_attention", _forward, *inputs, backend or "")[0]
 
 
 def _check_value(value: Tensor, spatial_shapes: Shapes) -> Tensor:

@@ -26,6 +26,7 @@ from survfuse.ops.position_bias import (
     select_biased_backend,
 )
 from survfuse.ops.registration import (
+    call_op,
     check_ranges,
     check_ranges_eagerly,
     fake_gradients,
@@ -106,8 +107,8 @@ def position_biased_attention(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or device; it is named.
-        RuntimeError: a named backend cannot serve the call; double backward (use
-            backend="reference").
+        RuntimeError: a named backend cannot serve the call; double backward, forward mode,
+            derivatives of torch.func (use backend="reference").
 
     Precision: fp32 (fp64) sums, offsets and MLP; error against fp64 at most twice that of plain
     torch in the type of the features. docs/math.md bounds what a table adds: it is exact in cells
@@ -116,7 +117,7 @@ def position_biased_attention(
     Cost: for n pairs of query and key 2 n H (d + dv) + 2 n G P operations forward, P the parameters
     of the MLP, and 2 n H (3 d + 2 dv) + 6 n G P backward. A table replaces P by 4 for each head of
     a group and adds P for each of its nodes. Memory: inputs, results and one tile.
-    vmap: not supported; batch through `query_ragged`.
+    vmap: by the fallback of torch, one call per sample; batch through `query_ragged`.
 
     Source: Dai et al., "Deformable convolutional networks", ICCV 2017, for sampling; Liu et al.,
     "Swin transformer V2", CVPR 2022, section 3.3, for the bias.
@@ -209,7 +210,7 @@ def _call(query, key, value, query_pos, key_pos, bias, attention, backend) -> At
     *ranges, scale, dropout_p, seed = attention
     tensors = (query, key, value, query_pos, key_pos, parameters, reach)
     options = (depth, width, scale, dropout_p, seed, backend)
-    return Attended(*_forward(*tensors, *ranges, *options))
+    return Attended(*call_op("position_biased_attention", _forward, *tensors, *ranges, *options))
 
 
 _N_TENSORS = len(PositionedNeeds._fields)

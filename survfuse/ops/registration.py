@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from survfuse.ops.checks import check_eps, check_scale
 from survfuse.pooling import Pooling
@@ -106,6 +107,37 @@ def to_autograd(
     """A gradient for each of `n_inputs`: None where none is needed."""
     wanted = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
     return *wanted, *(None,) * (n_inputs - len(needs))
+
+
+def call_op(op: str, registered: Callable, *arguments):
+    """`registered(*arguments)`, where torch can differentiate it.
+
+    In forward mode torch takes a registered op for a constant, and its tangent for zero.
+
+    Raises:
+        RuntimeError: an argument has a tangent, or a gradient of `torch.func` is asked for.
+    """
+    if any(_has_tangent(value) for value in arguments if isinstance(value, Tensor)):
+        raise RuntimeError(
+            f'{op} has no forward-mode derivative on this backend; backend="reference" has one'
+        )
+    try:
+        return registered(*arguments)
+    except RuntimeError as error:
+        if "functorch transforms" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{op} has no derivative for torch.func on this backend; torch.autograd.grad gives "
+            'one, and backend="reference" both'
+        ) from error
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    try:
+        return forward_ad.unpack_dual(tensor).tangent is not None
+    except RuntimeError:
+        # vmap within a forward mode hides the tangent
+        return True
 
 
 def no_double_backward(op: str) -> Callable:

@@ -14,6 +14,7 @@ from survfuse.ops.backends import Selection, check_backend
 from survfuse.ops.checks import check_tensor
 from survfuse.ops.flops import flop_formula
 from survfuse.ops.registration import (
+    call_op,
     fake_gradients,
     gradients_like,
     no_double_backward,
@@ -63,8 +64,8 @@ def sample_bag(
         TypeError, ValueError: an argument has the wrong type, shape or device; it is named. On the
             CPU also a grid that does not fit the bag; on a device its rows outside of the matrix
             are no tissue.
-        RuntimeError: a named backend cannot serve the call; double backward (use
-            backend="reference").
+        RuntimeError: a named backend cannot serve the call; double backward, forward mode,
+            derivatives of torch.func (use backend="reference").
 
     Precision: fp32 (fp64) weights and sums; error against fp64 at most twice that of plain torch in
     the type of the bag. Coordinates are never rounded to 16 bits. Renormalised, the gradient of a
@@ -74,7 +75,7 @@ def sample_bag(
     Cost: reads 4 B M rows forward and, for the gradient of the points, once more backward; 8 B M D
     operations forward and 8 for each gradient. The gradient of the bag is [T, D], in fp32 until it
     is rounded.
-    vmap: not supported; batch through the grid.
+    vmap: by the fallback of torch, one call per sample; batch through the grid.
 
     Example:
         >>> from survfuse.ops import grid_index
@@ -89,7 +90,7 @@ def sample_bag(
         if not torch.compiler.is_compiling():
             _check_values(bag, grid)
         return reference.sample_bag(bag, grid, points, corners=corners)
-    return _forward(bag, *grid, points, corners == "renormalise")
+    return call_op("sample_bag", _forward, bag, *grid, points, corners == "renormalise")
 
 
 def check_sampling_backend(backend: str | None) -> Selection:

@@ -87,7 +87,7 @@ def tokens_attend_bag(
     against fp64 at most twice that of plain torch in the type of the bag.
     Determinism: bitwise.
     Cost: 4 N D Lq H operations forward, one read of the bag forward and one backward.
-    vmap: not supported; batch through `ragged`.
+    vmap: by the fallback of torch, one call per sample; batch through `ragged`.
 
     Example:
         >>> query, bag = torch.zeros(1, 2, 1, 4), torch.ones(5, 8)
