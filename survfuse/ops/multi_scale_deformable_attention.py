@@ -15,7 +15,7 @@ from torch import Tensor
 from survfuse import reference
 from survfuse.deformable import Samples, SamplingNeeds
 from survfuse.ops.backends import Selection, backend_obstacle, check_backend
-from survfuse.ops.checks import check_tensor
+from survfuse.ops.checks import check_coordinates, check_tensor
 from survfuse.ops.flops import flop_formula
 from survfuse.ops.registration import (
     call_op,
@@ -27,7 +27,6 @@ from survfuse.ops.registration import (
     to_autograd,
     without_autocast,
 )
-from survfuse.pooling import accumulation_type
 
 _MODULES = {
     "tiled": "survfuse.tiled.multi_scale_deformable_attention",
@@ -94,7 +93,7 @@ def multi_scale_deformable_attention(
     n_levels, beside = len(shapes), {"device": value.device, "beside": "the value"}
     points_shape = (n_batches, "Q", heads, n_levels, "P", 2)
     check_tensor("sampling_locations", sampling_locations, shape=points_shape, **beside)
-    _check_coordinates("sampling_locations", sampling_locations, value)
+    check_coordinates("sampling_locations", sampling_locations, value, "value")
     points_shape = tuple(sampling_locations.shape[:-1])
     _check_points("sampling_locations", sampling_locations)
     check_tensor("attention_weights", attention_weights, shape=points_shape, **beside)
@@ -161,13 +160,13 @@ def multi_scale_deformable_attention_from_offsets(
     n_levels, beside = len(shapes), {"device": value.device, "beside": "the value"}
     offsets_shape = (n_batches, "Q", heads, n_levels, "P", 2)
     check_tensor("sampling_offsets", sampling_offsets, shape=offsets_shape, **beside)
-    _check_coordinates("sampling_offsets", sampling_offsets, value)
+    check_coordinates("sampling_offsets", sampling_offsets, value, "value")
     _check_points("sampling_offsets", sampling_offsets)
     _, n_queries, *_, n_points, _ = sampling_offsets.shape
     sides = 4 if isinstance(reference_points, Tensor) and reference_points.shape[-1:] == (4,) else 2
     reference_shape = (n_batches, n_queries, n_levels, sides)
     check_tensor("reference_points", reference_points, shape=reference_shape, **beside)
-    _check_coordinates("reference_points", reference_points, value)
+    check_coordinates("reference_points", reference_points, value, "value")
     logits_shape = (n_batches, n_queries, heads, n_levels, n_points)
     if isinstance(attention_logits, Tensor) and attention_logits.dim() == 4:
         check_tensor(
@@ -248,15 +247,6 @@ def _check_shapes(shapes: Tensor, n_rows: int) -> None:
 def _check_points(name: str, points: Tensor) -> None:
     if points.shape[4] == 0:
         raise ValueError(f"{name} has shape {tuple(points.shape)}; P must be at least 1")
-
-
-def _check_coordinates(name: str, tensor: Tensor, value: Tensor) -> None:
-    wanted = accumulation_type(value.dtype)
-    if tensor.dtype != wanted:
-        raise TypeError(
-            f"{name} is {tensor.dtype}; it must be {wanted} beside a value of {value.dtype}, since "
-            "16 bits hold no position within a pixel of a large map"
-        )
 
 
 def select_deformable_backend(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -37,12 +39,19 @@ def make_pooling(
     return Pooling(*ragged, scale, normalize, eps, mean, rstd, dropout_p, seed)
 
 
+def autocast_off(device: torch.device) -> AbstractContextManager:
+    """No autocast within; meta tensors, which compute nothing, know none."""
+    if device.type == "meta":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 def without_autocast(function: Callable) -> Callable:
     """Autocast would round the fp32 products inside an implementation to 16 bits."""
 
     @functools.wraps(function)
     def wrapped(*arguments):
-        with torch.autocast(arguments[0].device.type, enabled=False):
+        with autocast_off(arguments[0].device):
             return function(*arguments)
 
     return wrapped

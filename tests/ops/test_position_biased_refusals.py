@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -40,7 +41,11 @@ def arguments(**replaced) -> dict:
         ({"query_pos": torch.zeros(B, L, 3)}, ValueError, r"query_pos .* must be \[2, 5, 2\]"),
         ({"query_pos": torch.zeros(L + 1, 2)}, ValueError, r"query_pos .* must be \[5, 2\]"),
         ({"query_pos": torch.zeros(B, L, 2).half()}, TypeError, "query_pos is .* 16 bits lose"),
-        ({"key_pos": torch.zeros(B, G, M, 2).double()}, TypeError, "key_pos .* be torch.float32"),
+        (
+            {"key_pos": torch.zeros(B, G, M, 2).double()},
+            TypeError,
+            r"key_pos .* be torch.float32 beside a key of torch.float32$",
+        ),
         ({"key_pos": torch.zeros(B, 3, M, 2)}, ValueError, "key_pos .* 3 groups must divide the 2"),
         ({"key_pos": torch.zeros(B, 0, M, 2)}, ValueError, "key_pos .* 0 groups must divide"),
         ({"key_pos": torch.zeros(B, M, 2)}, ValueError, r"key_pos .* must be \[2, G, 7, 2\]"),
@@ -71,6 +76,21 @@ def arguments(**replaced) -> dict:
 def test_wrong_arguments_are_named(changed: dict, error, words: str) -> None:
     with pytest.raises(error, match=words):
         ops.position_biased_attention(**arguments(**changed))
+
+
+@pytest.mark.parametrize("bias", ["exact", "table"])
+def test_meta_tensors_tell_the_shape(bias: str) -> None:
+    moved = {name: t.to("meta") for name, t in arguments().items() if name != "mlp"}
+    mlp = [(weight.to("meta"), shift.to("meta")) for weight, shift in MLP]
+    out = ops.position_biased_attention(**moved, mlp=mlp, bias=bias)
+    assert out.is_meta
+    assert out.shape == (B, L, H, D)
+
+
+def test_a_numpy_integer_is_a_table_size() -> None:
+    sizes = (8, np.int64(8), np.int32(8))
+    outs = [ops.position_biased_attention(**arguments(bias="table", table_size=n)) for n in sizes]
+    assert all(torch.equal(out, outs[0]) for out in outs)
 
 
 @pytest.mark.parametrize("backend", [None, "reference", "tiled"])
