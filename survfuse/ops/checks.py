@@ -20,10 +20,11 @@ def check_tensor(
     shape: tuple[int | str, ...],
     device: torch.device,
     beside: str = "the bag",
+    note: str = "",
 ) -> None:
     """Raise unless `tensor` is floating, on `device`, and of `shape` (a letter fits any size).
 
-    `beside` names whose device that is.
+    `beside` names whose device that is; `note` follows the shape in the error.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is {type(tensor).__name__}; it must be a tensor")
@@ -36,7 +37,7 @@ def check_tensor(
     )
     if not fits:
         wanted = ", ".join(map(str, shape))
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be [{wanted}]")
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be [{wanted}]{note}")
 
 
 def _check_floats(name: str, tensor: Tensor) -> None:
