@@ -19,6 +19,7 @@ from survfuse.ops.checks import check_coordinates, check_tensor
 from survfuse.ops.flops import flop_formula
 from survfuse.ops.registration import (
     call_op,
+    check_reference,
     fake_gradients,
     gradients_like,
     no_double_backward,
@@ -103,7 +104,8 @@ def multi_scale_deformable_attention(
     check_tensor("attention_weights", attention_weights, shape=points_shape, **beside)
     check_backend(backend)
     if backend == "reference":
-        _check_reference(shapes, value)
+        check_reference(shapes, "spatial_shapes")
+        check_shapes_eagerly(shapes, value)
         return reference.multi_scale_deformable_attention(
             value, shapes, sampling_locations, attention_weights
         )
@@ -185,7 +187,8 @@ def multi_scale_deformable_attention_from_offsets(
     check_tensor("attention_logits", attention_logits, shape=logits_shape, note=note, **beside)
     check_backend(backend)
     if backend == "reference":
-        _check_reference(shapes, value)
+        check_reference(shapes, "spatial_shapes")
+        check_shapes_eagerly(shapes, value)
         return reference.multi_scale_deformable_attention_from_offsets(
             value, shapes, reference_points, sampling_offsets, attention_logits
         )
@@ -240,16 +243,6 @@ def _shapes_of_pairs(name: str, pairs: Sequence[tuple[int, int]]) -> Tensor:
     if shapes.numel() and (kind.is_floating_point or kind.is_complex or kind == torch.bool):
         raise TypeError(f"{name} is {pairs!r}; it must hold pairs of whole numbers")
     return shapes.to(torch.int64)
-
-
-def _check_reference(shapes: Tensor, value: Tensor) -> None:
-    """Raise unless the reference, which reads the shapes, can."""
-    if shapes.is_meta:
-        raise RuntimeError(
-            "backend='reference' cannot serve this call: it reads spatial_shapes, and tensors on "
-            "meta hold no numbers"
-        )
-    check_shapes_eagerly(shapes, value)
 
 
 def check_shapes_eagerly(

@@ -43,8 +43,12 @@ def check_sides(
     n_bags, n_keys, heads, head_dim = key.shape
     if heads == 0 or head_dim == 0:
         raise ValueError(f"key has shape {tuple(key.shape)}; it needs a head and a channel")
-    dense = ("B", "Lq", heads, head_dim)
-    check_tensor("query", query, shape=dense[-max(query.dim(), 3) :], **beside)
+    tail = (heads, head_dim)
+    if query.dim() == 4:
+        check_tensor("query", query, shape=("B", "Lq", *tail), **beside)
+    else:
+        note = ", or dense [B, Lq, H, d]"
+        check_tensor("query", query, shape=("T", *tail), note=note, **beside)
     check_tensor("value", value, shape=(n_bags, n_keys, heads, "dv"), **beside)
     for name, tensor in (("query", query), ("value", value)):
         if tensor.dtype != key.dtype:
@@ -78,7 +82,8 @@ def check_mlp(mlp: Sequence[tuple[Tensor, Tensor]], n_out: int, device: torch.de
     size = 2
     for index, layer in enumerate(mlp):
         if not isinstance(layer, tuple | list) or len(layer) != 2:
-            found = f"{len(layer)} of them" if isinstance(layer, tuple | list) else layer
+            several = isinstance(layer, tuple | list)
+            found = f"{len(layer)} of them" if several else type(layer).__name__
             raise TypeError(f"mlp[{index}] is {found}; it must be a pair (weight, bias)")
         weight, shift = layer
         last = index == len(mlp) - 1

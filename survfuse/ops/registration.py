@@ -64,9 +64,19 @@ def check_ranges(bag: Tensor, ragged: Ragged, name: str = "ragged") -> None:
 
 
 def check_ranges_eagerly(bag: Tensor, ragged: Ragged, name: str = "ragged") -> None:
-    """The same where no op stands between; a graph being compiled cannot look at values."""
+    """The same for the reference, which is no op; a graph being compiled cannot look at values."""
+    check_reference(bag)
     if not torch.compiler.is_compiling():
         check_ranges(bag, ragged, name)
+
+
+def check_reference(tensor: Tensor, what: str = "the ranges of bags") -> None:
+    """Raise unless the reference, which reads `what` on the host, can serve the call."""
+    if tensor.is_meta:
+        raise RuntimeError(
+            f"backend='reference' cannot serve this call: it reads {what}, and tensors on meta "
+            "hold no numbers"
+        )
 
 
 def unit_stride(bag: Tensor) -> Tensor:

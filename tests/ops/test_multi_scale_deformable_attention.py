@@ -426,5 +426,9 @@ def test_backends_that_cannot_serve_say_why() -> None:
         call.run("triton")
     with pytest.raises(ValueError, match="must be None or one of"):
         call.run("mmcv")
-    chosen = ops.selected_backend("multi_scale_deformable_attention", call.tensors["value"])
-    assert chosen.backend == ("tiled" if native_core() is None else "native")
+    for name in (
+        "multi_scale_deformable_attention",
+        "multi_scale_deformable_attention_from_offsets",
+    ):
+        chosen = ops.selected_backend(name, call.tensors["value"])
+        assert chosen.backend == ("tiled" if native_core() is None else "native")
