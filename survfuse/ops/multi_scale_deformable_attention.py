@@ -57,8 +57,8 @@ def multi_scale_deformable_attention(
         value: [B, S, H, d] the levels' pixels one behind another, row by row; bf16, fp16, fp32, or
             fp64. Any strides with a unit last one.
         spatial_shapes: [L, 2] (height, width) of each level, S pixels in all: int64, or pairs of
-            numbers. A tensor on a GPU is not looked at on the host, nor one in code compiled with
-            backend="reference": what does not fit S is not sampled there.
+            numbers. A tensor on a GPU is not looked at on the host: what does not fit S is not
+            sampled there. In compiled code backend="reference" does not compare it with S.
         sampling_locations: [B, Q, H, L, P, 2] (x, y) in units of the level's width and height;
             fp32 (fp64 beside an fp64 value), whatever the type of the value: 16 bits hold no
             position within a pixel of a large map. (0, 0) is a level's upper left corner; samples
