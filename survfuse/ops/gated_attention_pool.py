@@ -261,7 +261,11 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, *d_results):
     results, inputs = saved_call(ctx)
     needs = ctx.needs_input_grad[: len(GatedNeeds._fields)]
-    return to_autograd(_backward(*d_results, *results, *inputs, *needs), needs, len(inputs))
+    return to_autograd(
+        call_op("gated_attention_pool", _backward, *d_results, *results, *inputs, *needs),
+        needs,
+        len(inputs),
+    )
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

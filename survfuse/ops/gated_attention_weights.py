@@ -174,7 +174,11 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, d_weights):
     _, inputs = saved_call(ctx)
     needs = ctx.needs_input_grad[:_N_INPUTS]
-    return to_autograd(_backward(d_weights, *inputs, *needs), needs, len(inputs))
+    return to_autograd(
+        call_op("gated_attention_weights", _backward, d_weights, *inputs, *needs),
+        needs,
+        len(inputs),
+    )
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -371,7 +371,11 @@ def _differentiate(ctx, d_out, d_lse):
     (_, lse), inputs = saved_call(ctx)
     # the shapes lie between the value and the points
     value, _, *rest = ctx.needs_input_grad[:5]
-    gradients = to_autograd(_backward(d_out, lse, *inputs, value, *rest), (value, *rest), 4)
+    gradients = to_autograd(
+        call_op("multi_scale_deformable_attention", _backward, d_out, lse, *inputs, value, *rest),
+        (value, *rest),
+        4,
+    )
     return gradients[0], None, *gradients[1:], None
 
 

@@ -143,7 +143,9 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, d_out):
     _, inputs = saved_call(ctx)
     needs = ctx.needs_input_grad[:3]
-    return to_autograd(_backward(d_out, *inputs, *needs), needs, len(inputs))
+    return to_autograd(
+        call_op("project_bag", _backward, d_out, *inputs, *needs), needs, len(inputs)
+    )
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -220,7 +220,9 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, d_samples):
     _, inputs = saved_call(ctx)
     needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[4])
-    d_bag, d_points = to_autograd(_backward(d_samples, *inputs, *needs), needs, 2)
+    d_bag, d_points = to_autograd(
+        call_op("sample_bag", _backward, d_samples, *inputs, *needs), needs, 2
+    )
     return d_bag, None, None, None, d_points, None
 
 

@@ -204,7 +204,9 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, *d_results):
     (lse,), inputs = saved_call(ctx)
     needs = ctx.needs_input_grad[:4]
-    return to_autograd(_backward(*d_results, lse, *inputs, *needs), needs, len(inputs))
+    return to_autograd(
+        call_op("spread_tokens", _backward, *d_results, lse, *inputs, *needs), needs, len(inputs)
+    )
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -91,6 +91,18 @@ def test_forward_mode_raises_and_works_on_the_reference(made) -> None:
     torch.testing.assert_close((tangent * upstream).sum(), (gradient * direction).sum())
 
 
+def test_tangents_of_an_upstream_gradient_raise_and_reach_the_reference_s(made) -> None:
+    function, x = made
+    x.requires_grad_()
+    with forward_ad.dual_level():
+        factor = forward_ad.make_dual(torch.ones((), dtype=x.dtype), torch.ones((), dtype=x.dtype))
+        with pytest.raises(RuntimeError, match=r'no forward-mode .* backend="reference" has one'):
+            torch.autograd.grad(function(x, None).sum() * factor, x)
+        (gradient,) = torch.autograd.grad(function(x, "reference").sum() * factor, x)
+        primal, tangent = forward_ad.unpack_dual(gradient)
+        torch.testing.assert_close(tangent, primal)
+
+
 def test_gradients_of_torch_func_raise_and_work_on_the_reference(made) -> None:
     function, x = made
     with pytest.raises(RuntimeError, match=r'no derivative for torch\.func .* backend="reference"'):
