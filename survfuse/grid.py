@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from survfuse.ragged import Ragged
+from survfuse.ragged import Ragged, check_ragged
 
 
 class GridIndex(NamedTuple):
@@ -38,7 +38,13 @@ class GridIndex(NamedTuple):
         return GridIndex(*(tensor.to(device) for tensor in self))
 
     def select(self, bag: int) -> GridIndex:
-        """The grid of one bag, a view; reads two offsets on the host."""
+        """The grid of one bag, a view; reads two offsets on the host.
+
+        Raises:
+            ValueError: there is no bag of this number.
+        """
+        if not 0 <= bag < self.n_bags:
+            raise ValueError(f"bag is {bag}; the grid has {self.n_bags}, numbered from 0")
         first, end = self.cell_offsets[bag : bag + 2].tolist()
         offsets = self.cell_offsets.new_tensor([0, end - first])
         return GridIndex(self.index[first:end], offsets, self.shapes[bag : bag + 1])
@@ -52,9 +58,10 @@ class GridIndex(NamedTuple):
             ragged: the ranges that the grid was made for.
 
         Raises:
-            ValueError: the numbers of bags differ, or, on the CPU, a cell shows a row outside its
-                bag.
+            TypeError, ValueError: `ragged` is none, lies elsewhere or has another number of bags,
+                or, on the CPU, a cell shows a row outside its bag.
         """
+        check_ragged("ragged", ragged, "the grid", self.index.device)
         if ragged.n_bags != self.n_bags:
             raise ValueError(
                 f"ragged has {ragged.n_bags} bags and the grid {self.n_bags}; it must be the one "

@@ -166,9 +166,11 @@ def _int_vector(
     values: Tensor | Sequence[int], name: str, device: torch.device | str | None
 ) -> Tensor:
     try:
-        tensor = torch.as_tensor(values, device=device)
+        tensor = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} is {values!r}; it must be a vector of integers") from error
+    if device is not None:
+        tensor = tensor.to(_device(device))
     if tensor.numel() == 0:
         tensor = tensor.to(torch.int64)
     if tensor.dim() != 1 or not _is_integer(tensor.dtype):
@@ -177,6 +179,15 @@ def _int_vector(
             "it must be a vector of integers"
         )
     return tensor.to(torch.int64)
+
+
+def _device(device: torch.device | str) -> torch.device:
+    try:
+        return torch.device(device)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"device is {device!r}; it must be a torch.device or the name of one"
+        ) from error
 
 
 def _is_integer(dtype: torch.dtype) -> bool:
@@ -232,6 +243,7 @@ def as_packed_heads(
     Raises:
         TypeError, ValueError: names the argument, what it was and what it must be.
     """
+    derived, packed = ragged is None, tensor.dim() == 3
     if tensor.dim() == 4:
         if ragged is not None:
             raise ValueError(
@@ -248,7 +260,13 @@ def as_packed_heads(
             f"{name} has shape {tuple(tensor.shape)}; it must be packed [T, H, d] or dense "
             "[B, L, H, d]"
         )
-    check_ragged(f"{name}_ragged", ragged, name, tensor.device, n_bags)
+    check_ragged(f"{name}_ragged", ragged, name, tensor.device, None if derived else n_bags)
+    if derived and n_bags is not None and ragged.n_bags != n_bags:
+        hint = f"; without {name}_ragged, packed rows are one bag" if packed else ""
+        raise ValueError(
+            f"{name} holds {ragged.n_bags} bags, the other arguments {n_bags}; they must have the "
+            f"same number{hint}"
+        )
     return tensor, ragged
 
 

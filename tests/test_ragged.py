@@ -121,6 +121,11 @@ def test_to_another_device_keeps_the_host_integers() -> None:
     assert moved.starts.device.type == moved.lengths.device.type == "meta"
     assert (moved.total, moved.max_length) == (5, 3)
     assert fields(Ragged.from_lengths([2, 3], device="cpu"))[2:] == (5, 3)
+    for wrong in ("gpu", 1.5):
+        with pytest.raises(
+            ValueError, match=r"device is .*; it must be a torch\.device or the name"
+        ):
+            Ragged.from_lengths([2, 3], device=wrong)
 
 
 def test_check_takes_what_fits() -> None:

@@ -13,6 +13,8 @@ from survfuse.grid import GridIndex
 from survfuse.layers.deformable_parts import (
     PositionMLP,
     check_inputs,
+    check_map,
+    check_options,
     check_sizes,
     normalise,
     packed_rows,
@@ -23,6 +25,8 @@ from survfuse.layers.deformable_parts import (
 from survfuse.layers.deformable_released import read_released
 from survfuse.layers.sparse_convolution import CoarseCells, coarse_cells, convolve_patches
 from survfuse.ops import position_biased_attention, sample_bag
+from survfuse.ops.checks import check_size
+from survfuse.ops.registration import autocast_off
 from survfuse.pooling import accumulation_type
 from survfuse.ragged import Ragged
 
@@ -53,7 +57,12 @@ class DeformableCrossAttention(nn.Module):
     Maps are dense, or ragged bags of patches at their true places (`grid`), of any outline and
     size. A coarse cell of a sparse map predicts a point if it holds a patch, so M grows with the
     tissue: `downsample=16` gives a slide of 100,000 patches some 400 points, and 4, the released
-    value, some 6,000; there `bias="table"` is what keeps the MLP affordable.
+    value, some 6,000; there `bias="table"` is what keeps the MLP affordable. So it does for `dim`
+    beyond 256: the MLP has `dim // 4` units and kernels serve 64, so that plain torch computes a
+    wider one for every pair, many times slower.
+
+    `torch.compile(fullgraph=True)` takes dense maps only: for ragged bags the host reads how many
+    points they have, which breaks the graph.
 
     Args:
         dim: width of the queries, the context and the result.
@@ -62,7 +71,8 @@ class DeformableCrossAttention(nn.Module):
         offset_groups: groups G, which divide `heads` and `dim`; None is one per head.
         downsample: patches along each side of a coarse cell.
         offset_scale: the largest offset along an axis, in coarse cells; None is `downsample`.
-        kernel_size: of the convolution that predicts offsets: `downsample` or an even number more.
+        kernel_size: of the convolution that predicts offsets: `downsample` or an even number more;
+            None is `downsample + 2`.
         group_queries, group_key_values: project each group of channels by itself.
         dropout: probability with which a weight of the attention is dropped in training.
         bias, table_size: as in `survfuse.ops.position_biased_attention`.
@@ -103,7 +113,7 @@ class DeformableCrossAttention(nn.Module):
         offset_groups: int | None = None,
         downsample: int = 4,
         offset_scale: float | None = None,
-        kernel_size: int = 6,
+        kernel_size: int | None = None,
         group_queries: bool = True,
         group_key_values: bool = True,
         dropout: float = 0.0,
@@ -117,10 +127,14 @@ class DeformableCrossAttention(nn.Module):
     ) -> None:
         super().__init__()
         groups = heads if offset_groups is None else offset_groups
-        check_sizes(dim, heads, dim_head, groups, downsample, kernel_size, dropout)
+        check_size("downsample", downsample)
+        kernel_size = downsample + 2 if kernel_size is None else kernel_size
+        check_sizes(dim, heads, dim_head, groups, downsample, kernel_size)
+        offset_scale = downsample if offset_scale is None else offset_scale
+        check_options(offset_scale, dropout, bias, table_size, corners, backend, dtype)
         self.dim, self.heads, self.dim_head, self.offset_groups = dim, heads, dim_head, groups
         self.downsample, self.kernel_size = downsample, kernel_size
-        self.offset_scale = float(downsample if offset_scale is None else offset_scale)
+        self.offset_scale = float(offset_scale)
         self.dropout, self.bias, self.table_size = dropout, bias, table_size
         self.corners, self.released, self.backend = corners, released, backend
         inner, kind = heads * dim_head, {"device": device, "dtype": dtype}
@@ -171,6 +185,7 @@ class DeformableCrossAttention(nn.Module):
             bias, table_size, corners, released, backend: as in the constructor.
 
         Raises:
+            TypeError: `state_dict` is no mapping, or an entry no floating tensor; it is named.
             ValueError: an entry is missing, unknown or of a shape that fits no layer; it is named.
         """
         state, sizes = read_released(state_dict, prefix)
@@ -224,7 +239,7 @@ class DeformableCrossAttention(nn.Module):
             TypeError, ValueError: an argument has the wrong type or shape, or does not go with the
                 others; it is named.
         """
-        check_inputs(query, context, self.dim, shape, grid, ragged)
+        check_inputs(query, context, self.to_out.weight, shape, grid, ragged)
         if grid is None:
             return self._dense(query, context, *shape)
         if self.released:
@@ -241,10 +256,18 @@ class DeformableCrossAttention(nn.Module):
         Args:
             points: [..., 2] as the layer returns them.
             shape: (h, w) of the dense map; only `released` layers need it.
+
+        Raises:
+            TypeError, ValueError: `points` has the wrong type or shape, or no `shape` is given.
         """
+        if not isinstance(points, Tensor):
+            raise TypeError(f"points is {type(points).__name__}; it must be a tensor")
+        if points.shape[-1:] != (2,):
+            raise ValueError(f"points has shape {tuple(points.shape)}; it must be [..., 2]")
         if not self.released:
             # the centre of a coarse cell is that of its patches
             return points * self.downsample + (self.downsample - 1) / 2
+        check_map(shape)
         height, width = shape
         rows, columns = height // self.downsample, width // self.downsample
         x, y = points.unbind(-1)
@@ -322,20 +345,31 @@ class DeformableCrossAttention(nn.Module):
             grid.shapes.flip(1).tolist(),
             strict=True,
         )
-        outs = [q[:0]]
-        for mine, cell, k, v, at, size in sides:
-            if mine.shape[0] == 0:
-                continue
-            query_pos = normalise(cell.to(points.dtype), size)
-            key_pos = normalise(at.transpose(0, 1), size)[None]
-            outs.append(self._attend(mine[None], k[None], v[None], query_pos, key_pos)[0])
+        outs = [self._attend_bag(*bag) for bag in sides if bag[0].shape[0]]
+        if not outs:
+            # nothing attends, and all gradients are zeros rather than None
+            outs = [self._attend_bag(q, cells, key, value, place, (0, 0))]
         return DeformableAttended(project(self.to_out, torch.cat(outs)), points, coarse.ragged)
+
+    def _attend_bag(
+        self,
+        q: Tensor,
+        cells: Tensor,
+        key: Tensor,
+        value: Tensor,
+        place: Tensor,
+        size: tuple[int, int],
+    ) -> Tensor:
+        """[N, H d] of one bag, whose map has `size` (width, height)."""
+        query_pos = normalise(cells.to(place.dtype), size)
+        key_pos = normalise(place.transpose(0, 1), size)[None]
+        return self._attend(q[None], key[None], value[None], query_pos, key_pos)[0]
 
     def _offsets(self, hidden: Tensor) -> Tensor:
         """Offsets [..., 2] in coarse cells from what the convolution gave, [..., C]."""
         kind = accumulation_type(hidden.dtype)
         # 16 bits would move a point by whole patches, far from the map's corner
-        with torch.autocast(hidden.device.type, enabled=False):
+        with autocast_off(hidden.device):
             hidden = self.to_offsets[1](hidden.to(kind))
             out = functional.linear(hidden, self.to_offsets[2].weight.flatten(1).to(kind))
             return torch.tanh(out) * self.offset_scale

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from survfuse.grid import GridIndex
+from survfuse.ops.backends import check_backend
+from survfuse.ops.checks import (
+    check_dropout,
+    check_dtype,
+    check_integer,
+    check_layer_input,
+    check_number,
+    check_size,
+    check_tensor,
+)
+from survfuse.ops.position_bias import check_bias
+from survfuse.ops.sample_bag import check_corners, check_grid
 from survfuse.ragged import Ragged, check_ragged
 
 
@@ -75,13 +89,7 @@ def packed_rows(matrix: Tensor, ragged: Ragged) -> Tensor:
 
 
 def check_sizes(
-    dim: int,
-    heads: int,
-    dim_head: int,
-    groups: int,
-    downsample: int,
-    kernel_size: int,
-    dropout: float,
+    dim: int, heads: int, dim_head: int, groups: int, downsample: int, kernel_size: int
 ) -> None:
     """Raise unless the sizes of a layer fit each other."""
     for name, value in (
@@ -90,9 +98,9 @@ def check_sizes(
         ("dim_head", dim_head),
         ("offset_groups", groups),
         ("downsample", downsample),
+        ("kernel_size", kernel_size),
     ):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is {value!r}; it must be a positive integer")
+        check_size(name, value)
     if heads % groups or dim % groups:
         raise ValueError(
             f"offset_groups is {groups}; it must divide heads, {heads}, and dim, {dim}"
@@ -104,31 +112,49 @@ def check_sizes(
             f"kernel_size is {kernel_size} and downsample {downsample}; the first must be the "
             "second or an even number more, so that kernels are centred on coarse cells"
         )
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout is {dropout}; it must be at least 0 and below 1")
+
+
+def check_options(
+    offset_scale: float,
+    dropout: float,
+    bias: str,
+    table_size: int,
+    corners: str,
+    backend: str | None,
+    dtype: torch.dtype | None,
+) -> None:
+    """Raise unless these can be the options of a layer."""
+    check_number("offset_scale", offset_scale)
+    if not 0.0 <= offset_scale < math.inf:
+        raise ValueError(f"offset_scale is {offset_scale}; it must be at least 0 and finite")
+    check_dropout(dropout, "dropout")
+    check_bias(bias, table_size, None)
+    check_corners(corners)
+    check_backend(backend)
+    check_dtype(dtype)
 
 
 def check_inputs(
     query: Tensor,
     context: Tensor,
-    dim: int,
+    weight: Tensor,
     shape: tuple[int, int] | None,
     grid: GridIndex | None,
     ragged: Ragged | None,
 ) -> None:
-    """Raise unless the inputs of a call are dense maps with a shape, or packed bags with a grid."""
+    """Raise unless the inputs of a call are dense maps with a shape, or packed bags with a grid.
+
+    `weight` [dim, inner, 1, 1] is one of the layer, whose type and device they share.
+    """
     if (shape is None) == (grid is None):
         given = "neither" if shape is None else "both"
         raise ValueError(
             f"of shape and grid {given} is given; dense maps come with shape=(h, w), packed bags "
             "with grid="
         )
-    n_dims, wanted = (3, f"[B, h w, {dim}]") if grid is None else (2, f"[T, {dim}]")
-    for name, tensor in (("query", query), ("context", context)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} is {type(tensor).__name__}; it must be a tensor")
-        if tensor.dim() != n_dims or tensor.shape[-1] != dim:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {wanted}")
+    wanted = ("B", "h w", weight.shape[0]) if grid is None else ("T", weight.shape[0])
+    check_layer_input("query", query, shape=wanted, weight=weight)
+    check_tensor("context", context, shape=wanted, device=weight.device, beside="the layer")
     if context.shape != query.shape or context.dtype != query.dtype:
         raise ValueError(
             f"context is {context.dtype} of shape {tuple(context.shape)} and query {query.dtype} "
@@ -137,19 +163,29 @@ def check_inputs(
     if grid is None:
         _check_dense(query, shape, ragged)
         return
-    if not isinstance(grid, GridIndex):
-        raise TypeError(f"grid is {type(grid).__name__}; it must be a survfuse.grid.GridIndex")
+    check_grid(grid, query.device, "the query")
     if ragged is not None:
         check_ragged("ragged", ragged, "query", query.device, grid.n_bags)
         ragged.check(query.shape[0])
     elif grid.n_bags != 1:
         raise ValueError(f"grid has {grid.n_bags} bags; ragged must say which rows they are")
+    if query.device.type == "cpu":
+        grid.check(query.shape[0])
+
+
+def check_map(shape: tuple[int, int]) -> None:
+    """Raise unless `shape` is the (height, width) of a map."""
+    if not isinstance(shape, tuple | list) or len(shape) != 2:
+        raise TypeError(f"shape is {shape!r}; it must be (height, width)")
+    for name, side in zip(("height", "width"), shape, strict=True):
+        check_integer(f"{name} of shape", side)
 
 
 def _check_dense(query: Tensor, shape: tuple[int, int], ragged: Ragged | None) -> None:
     if ragged is not None:
         raise ValueError("ragged is given beside shape; dense maps are of one length")
-    if len(shape) != 2 or min(shape) < 1 or shape[0] * shape[1] != query.shape[1]:
+    check_map(shape)
+    if min(shape) < 1 or shape[0] * shape[1] != query.shape[1]:
         raise ValueError(
             f"shape is {tuple(shape)} and query has {query.shape[1]} tokens; it must be "
             "(height, width) of the map they fill"

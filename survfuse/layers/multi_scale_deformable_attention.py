@@ -11,6 +11,13 @@ from survfuse.ops import (
     multi_scale_deformable_attention,
     multi_scale_deformable_attention_from_offsets,
 )
+from survfuse.ops.backends import check_backend
+from survfuse.ops.checks import check_dtype, check_layer_input, check_size, check_tensor
+from survfuse.ops.multi_scale_deformable_attention import (
+    check_shapes_eagerly,
+    check_value,
+    read_shapes,
+)
 from survfuse.pooling import accumulation_type
 
 
@@ -24,8 +31,27 @@ class MultiScaleDeformableAttention(nn.Module):
     extension is built, batches need no `im2col_step`, and heads may have any width. The softmax and
     the locations are computed inside the kernel.
 
-    What differs from mmcv's module: neither dropout nor the residual sum is part of it, and batches
-    come first.
+    Calls are those of Deformable DETR. What mmcv and Hugging Face do otherwise:
+
+    ======================  =========================  ==================  =========================
+    what                    here                       mmcv                Hugging Face
+    ======================  =========================  ==================  =========================
+    sizes, in order         d_model, n_levels,         embed_dims,         (config, num_heads,
+                            n_heads, n_points          num_heads,          n_points)
+                                                       num_levels,
+                                                       num_points
+    queries                 `query`                    `query`             `hidden_states`
+    pixels                  `input_flatten`            `value`             `encoder_hidden_states`
+    True in the mask        padding                    padding             a valid pixel
+    batches                 first                      second, unless      first
+                                                       `batch_first`
+    position embeddings     added by the caller        `query_pos`         `position_embeddings`
+    dropout, residual sum   the caller's               inside              the caller's
+    result                  a tensor                   a tensor            (tensor, weights)
+    ======================  =========================  ==================  =========================
+
+    mmcv's order of levels and heads is the other one, and a state that has as many of both loads
+    either way: give them by name.
 
     Args:
         d_model: width of queries, inputs and results; a multiple of `n_heads`.
@@ -57,14 +83,20 @@ class MultiScaleDeformableAttention(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        for name, size in (("n_levels", n_levels), ("n_heads", n_heads), ("n_points", n_points)):
-            if size < 1:
-                raise ValueError(f"{name} is {size}; it must be at least 1")
-        if d_model <= 0 or d_model % n_heads:
+        for name, size in (
+            ("d_model", d_model),
+            ("n_levels", n_levels),
+            ("n_heads", n_heads),
+            ("n_points", n_points),
+        ):
+            check_size(name, size)
+        if d_model % n_heads:
             raise ValueError(
-                f"d_model is {d_model} and n_heads {n_heads}; the first must be a positive "
-                "multiple of the second"
+                f"d_model is {d_model} and n_heads {n_heads}; the first must be a multiple of the "
+                "second"
             )
+        check_backend(backend)
+        check_dtype(dtype)
         self.d_model, self.n_levels, self.n_heads = d_model, n_levels, n_heads
         self.n_points, self.backend = n_points, backend
         samples, options = n_heads * n_levels * n_points, {"device": device, "dtype": dtype}
@@ -107,8 +139,8 @@ class MultiScaleDeformableAttention(nn.Module):
                 height). 16-bit ones are widened: what they have lost is lost.
             input_flatten: [B, S, d_model] the levels' pixels, one level behind another.
             input_spatial_shapes: [L, 2] (height, width): int64, or pairs of numbers.
-            input_level_start_index: [L] the first row of each level. It follows from the shapes and
-                is only compared with them, on the CPU.
+            input_level_start_index: [L] int64, the first row of each level. It follows from the
+                shapes and is only compared with them, on the CPU.
             input_padding_mask: [B, S] bool, True where a pixel is padding and counts as zero.
 
         Returns:
@@ -118,15 +150,20 @@ class MultiScaleDeformableAttention(nn.Module):
             TypeError, ValueError: an argument has the wrong type, shape or device; it is named.
         """
         self._check(query, reference_points, input_flatten, input_padding_mask)
+        names = ("input_spatial_shapes", "input_flatten")
+        shapes = _shapes(input_spatial_shapes, input_flatten, names, input_level_start_index)
+        if len(shapes) != self.n_levels:
+            raise ValueError(
+                f"input_spatial_shapes has {len(shapes)} levels; the layer has n_levels = "
+                f"{self.n_levels}"
+            )
         value = self.value_proj(input_flatten)
         if input_padding_mask is not None:
             value = value.masked_fill(input_padding_mask[..., None], 0.0)
-        if input_level_start_index is not None:
-            _check_starts(input_level_start_index, input_spatial_shapes)
         kind, grid = accumulation_type(value.dtype), (self.n_heads, self.n_levels, self.n_points)
         out = multi_scale_deformable_attention_from_offsets(
             value.unflatten(-1, (self.n_heads, -1)),
-            input_spatial_shapes,
+            shapes,
             reference_points.to(kind),
             self.sampling_offsets(query).to(kind).unflatten(-1, (*grid, 2)),
             self.attention_weights(query).unflatten(-1, grid),
@@ -135,21 +172,35 @@ class MultiScaleDeformableAttention(nn.Module):
         return self.output_proj(out)
 
     def _check(self, query, reference_points, pixels, mask) -> None:
-        tensors = {"query": query, "input_flatten": pixels}
-        for name, tensor in (*tensors.items(), ("reference_points", reference_points)):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name} is {type(tensor).__name__}; it must be a tensor")
-        for (name, tensor), length in zip(tensors.items(), "QS", strict=True):
-            if tensor.dim() != 3 or tensor.shape[-1] != self.d_model:
-                raise ValueError(
-                    f"{name} has shape {tuple(tensor.shape)}; it must be "
-                    f"[B, {length}, {self.d_model}]"
-                )
+        weight, width = self.value_proj.weight, self.d_model
+        check_layer_input("query", query, shape=("B", "Q", width), weight=weight)
+        check_layer_input("input_flatten", pixels, shape=("B", "S", width), weight=weight)
+        if pixels.shape[0] != query.shape[0]:
+            raise ValueError(
+                f"input_flatten has shape {tuple(pixels.shape)} and query {tuple(query.shape)}; "
+                "they must hold the same batches"
+            )
+        sides = (
+            4 if isinstance(reference_points, Tensor) and reference_points.shape[-1:] == (4,) else 2
+        )
+        check_tensor(
+            "reference_points",
+            reference_points,
+            shape=(*query.shape[:2], self.n_levels, sides),
+            device=weight.device,
+            beside="the layer",
+            note="" if sides == 4 else ", or hold 4 numbers each for boxes",
+        )
         if mask is None:
             return
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"input_padding_mask is {found}; it must be a bool tensor")
+        if mask.device != pixels.device:
+            raise ValueError(
+                f"input_padding_mask is on {mask.device} and input_flatten on {pixels.device}; "
+                "move one of them"
+            )
         if mask.shape != pixels.shape[:2]:
             raise ValueError(
                 f"input_padding_mask has shape {tuple(mask.shape)}; it must be "
@@ -186,7 +237,7 @@ class MSDeformAttnFunction:
         Args:
             value: [B, S, H, d].
             value_spatial_shapes: [L, 2] int64 (height, width).
-            value_level_start_index: [L], compared with the shapes on the CPU; or None.
+            value_level_start_index: [L] int64, compared with the shapes on the CPU; or None.
             sampling_locations: [B, Q, H, L, P, 2] (x, y) in [0, 1].
             attention_weights: [B, Q, H, L, P].
             im2col_step: how many batches the extension took at once.
@@ -194,26 +245,49 @@ class MSDeformAttnFunction:
         Raises:
             TypeError, ValueError: an argument has the wrong type, shape or device; it is named.
         """
-        if value_level_start_index is not None:
-            _check_starts(value_level_start_index, value_spatial_shapes)
-        if isinstance(value, Tensor) and isinstance(sampling_locations, Tensor):
+        check_value(value)
+        names = ("value_spatial_shapes", "value")
+        shapes = _shapes(value_spatial_shapes, value, names, value_level_start_index)
+        if isinstance(sampling_locations, Tensor) and sampling_locations.is_floating_point():
             sampling_locations = sampling_locations.to(accumulation_type(value.dtype))
         return multi_scale_deformable_attention(
-            value, value_spatial_shapes, sampling_locations, attention_weights
+            value, shapes, sampling_locations, attention_weights
         )
 
 
-def _check_starts(starts: Tensor, shapes: Tensor | list[tuple[int, int]]) -> None:
+def _shapes(
+    spatial_shapes: Tensor | list[tuple[int, int]],
+    rows: Tensor,
+    names: tuple[str, str],
+    starts: Tensor | None,
+) -> Tensor:
+    """The shapes as a tensor; what is known to the host, the first rows too, is compared."""
+    shapes = read_shapes(spatial_shapes, rows, names)
+    if isinstance(spatial_shapes, Tensor):
+        check_shapes_eagerly(shapes, rows, names)
+    if starts is not None:
+        _check_starts(names[0].replace("spatial_shapes", "level_start_index"), starts, shapes, rows)
+    return shapes
+
+
+def _check_starts(name: str, starts: Tensor, shapes: Tensor, rows: Tensor) -> None:
     """Raise unless levels lie one behind another; values of a GPU are not looked at."""
-    if torch.compiler.is_compiling() or not isinstance(starts, Tensor):
+    if not isinstance(starts, Tensor):
+        raise TypeError(f"{name} is {type(starts).__name__}; it must be a tensor")
+    if starts.dtype != torch.int64:
+        raise TypeError(f"{name} is {starts.dtype}; it must be int64")
+    if starts.shape != shapes.shape[:1]:
+        raise ValueError(
+            f"{name} has shape {tuple(starts.shape)}; it must be [{len(shapes)}], the levels of "
+            "the shapes"
+        )
+    if starts.is_meta and not rows.is_meta:
+        raise ValueError(f"{name} is on meta and the pixels on {rows.device}; move one of them")
+    if torch.compiler.is_compiling() or not starts.device.type == shapes.device.type == "cpu":
         return
-    areas = torch.as_tensor(shapes)
-    if starts.device.type != "cpu" or areas.device.type != "cpu" or areas.dim() != 2:
-        return
-    areas = areas.prod(-1)
+    areas = shapes.prod(-1)
     expected = (areas.cumsum(0) - areas).tolist()
     if starts.tolist() != expected:
         raise ValueError(
-            f"level_start_index is {starts.tolist()}; levels lie one behind another, so it must be "
-            f"{expected}"
+            f"{name} is {starts.tolist()}; levels lie one behind another, so it must be {expected}"
         )

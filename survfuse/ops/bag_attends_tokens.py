@@ -15,7 +15,7 @@ from survfuse.ops.backends import check_backend
 from survfuse.ops.checks import check_bag, check_dropout, check_eps, check_scale, check_tensor
 from survfuse.ops.cross_attention import cross_attention_with_lse
 from survfuse.ops.project_bag import form_heads
-from survfuse.ops.registration import check_ranges_eagerly
+from survfuse.ops.registration import autocast_off, check_ranges_eagerly
 from survfuse.ops.spread_tokens import spread_tokens
 from survfuse.pooling import accumulation_type
 from survfuse.ragged import Ragged, as_packed
@@ -77,7 +77,7 @@ def bag_attends_tokens(
     Determinism: bitwise.
     Cost: absorbed 2 N Lk H (D + dv) operations forward; one read of the bag and one write of the
     result forward, one read of both backward.
-    vmap: not supported; batch through `ragged`.
+    vmap: by the fallback of torch, one call per sample; batch through `ragged`.
 
     Example:
         >>> bag, key, value = torch.ones(5, 8), torch.zeros(1, 2, 1, 4), torch.ones(1, 2, 1, 3)
@@ -150,7 +150,7 @@ def bag_attends_tokens_with_lse(
     n_bags, n_keys, heads, head_dim = key.shape
     scale = head_dim**-0.5 if scale is None else scale
     eps = norm_eps if norm_weight is not None or norm_bias is not None else None
-    with torch.autocast(bag.device.type, enabled=False):
+    with autocast_off(bag.device):
         if not absorbs_query(
             absorb,
             n_keys=n_keys,

@@ -16,7 +16,7 @@ from survfuse.ops.backends import check_backend
 from survfuse.ops.checks import check_dropout, check_scale, check_tensor
 from survfuse.ops.cross_attention import cross_attention_with_lse
 from survfuse.ops.merge_attention import merge_with_shares
-from survfuse.ops.registration import check_ranges_eagerly
+from survfuse.ops.registration import check_ranges
 from survfuse.ragged import Ragged, as_packed_heads
 
 SIDES = ("tokens", "bag")
@@ -67,7 +67,7 @@ def block_attention(
     their type before they are merged.
     Determinism: bitwise.
     Cost: that of a `cross_attention` per block. "bag->bag" takes N^2 pairs of time, not of memory.
-    vmap: not supported; batch through `ragged`.
+    vmap: by the fallback of torch, one call per sample; batch through `ragged`.
 
     Example:
         >>> tokens = BlockSide(*(torch.randn(1, 6, 1, 8) for _ in range(3)))
@@ -216,5 +216,6 @@ def _count_bags(name: str, stored: Tensor, ragged: Ragged | None) -> int:
     if stored.dim() == 4:
         return stored.shape[0]
     packed, ragged = as_packed_heads(name, stored, ragged)
-    check_ranges_eagerly(packed, ragged, f"{name}_ragged")
+    if not torch.compiler.is_compiling():
+        check_ranges(packed, ragged, f"{name}_ragged")
     return ragged.n_bags

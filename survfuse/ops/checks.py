@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _NUMBERS = (numbers.Real, torch.SymFloat, torch.SymInt)
+_INTEGERS = (numbers.Integral, torch.SymInt)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -19,10 +20,11 @@ def check_tensor(
     shape: tuple[int | str, ...],
     device: torch.device,
     beside: str = "the bag",
+    note: str = "",
 ) -> None:
     """Raise unless `tensor` is floating, on `device`, and of `shape` (a letter fits any size).
 
-    `beside` names whose device that is.
+    `beside` names whose device that is; `note` follows the shape in the error.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is {type(tensor).__name__}; it must be a tensor")
@@ -35,7 +37,7 @@ def check_tensor(
     )
     if not fits:
         wanted = ", ".join(map(str, shape))
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be [{wanted}]")
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be [{wanted}]{note}")
 
 
 def _check_floats(name: str, tensor: Tensor) -> None:
@@ -45,6 +47,43 @@ def _check_floats(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} is {found}; it must be a dense tensor{hint}")
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{name} is {tensor.dtype}; it must be bf16, fp16, fp32 or fp64")
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raise unless parameters can have this type; None is torch's default."""
+    if dtype is not None and dtype not in FLOATS:
+        raise TypeError(f"dtype is {dtype!r}; it must be bf16, fp16, fp32 or fp64")
+
+
+def check_layer_input(
+    name: str, tensor: Tensor, *, shape: tuple[int | str, ...], weight: Tensor
+) -> None:
+    """`check_tensor` beside a weight of a layer, whose type the tensor has too but in autocast."""
+    check_tensor(name, tensor, shape=shape, device=weight.device, beside="the layer")
+    if tensor.dtype == weight.dtype:
+        return
+    # autocast leaves fp64 as it is
+    kinds = (tensor.dtype, weight.dtype)
+    if (
+        torch.float64 in kinds
+        or weight.is_meta
+        or not torch.is_autocast_enabled(weight.device.type)
+    ):
+        raise TypeError(
+            f"{name} is {tensor.dtype} and the layer {weight.dtype}; they must have one type"
+        )
+
+
+def check_coordinates(name: str, tensor: Tensor, features: Tensor, beside: str) -> None:
+    """Raise unless places beside `features` are fp64 for fp64 ones, and fp32 for all others."""
+    wanted = torch.float64 if features.dtype == torch.float64 else torch.float32
+    if tensor.dtype != wanted:
+        narrow = tensor.dtype.is_floating_point and tensor.dtype.itemsize <= 2
+        reason = ": 16 bits lose what is finer than a pixel" if narrow else ""
+        raise TypeError(
+            f"{name} is {tensor.dtype}; it must be {wanted} beside a {beside} of {features.dtype}"
+            f"{reason}"
+        )
 
 
 def check_bag(bag: Tensor) -> None:
@@ -64,6 +103,18 @@ def check_number(name: str, value: float) -> None:
         raise TypeError(f"{name} is {value!r}; it must be a number")
 
 
+def check_integer(name: str, value: int) -> None:
+    """Raise unless `value` is one whole number."""
+    if isinstance(value, bool) or not isinstance(value, _INTEGERS):
+        raise TypeError(f"{name} is {value!r}; it must be an integer")
+
+
+def check_size(name: str, value: int) -> None:
+    """Raise unless `value` is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, _INTEGERS) or value < 1:
+        raise ValueError(f"{name} is {value!r}; it must be a positive integer")
+
+
 def check_scale(scale: float) -> None:
     """Raise unless `scale` is a finite number."""
     check_number("scale", scale)
@@ -79,11 +130,11 @@ def check_eps(name: str, eps: float) -> None:
         raise ValueError(f"{name} is {eps}; it must be at least 0")
 
 
-def check_dropout(dropout_p: float) -> None:
+def check_dropout(dropout_p: float, name: str = "dropout_p") -> None:
     """Raise unless 0 <= dropout_p < 1."""
-    check_number("dropout_p", dropout_p)
+    check_number(name, dropout_p)
     if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p is {dropout_p}; it must be at least 0 and below 1")
+        raise ValueError(f"{name} is {dropout_p}; it must be at least 0 and below 1")
 
 
 def check_bias(bias: Tensor, bag: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from survfuse.ops.backends import Selection, check_backend, select_backend
 from survfuse.ops.checks import check_dropout, check_scale, check_tensor
 from survfuse.ops.flops import flop_formula
 from survfuse.ops.registration import (
+    call_op,
     check_ranges,
     check_ranges_eagerly,
     fake_gradients,
@@ -82,8 +83,8 @@ def cross_attention(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or device; it is named.
-        RuntimeError: a named backend cannot serve the call; double backward (use
-            backend="reference").
+        RuntimeError: a named backend cannot serve the call; double backward, forward mode,
+            derivatives of torch.func (use backend="reference").
 
     Precision: fp32 (fp64) sums; error against fp64 at most twice that of plain torch in the type of
     the keys.
@@ -91,7 +92,7 @@ def cross_attention(
     Cost: for n pairs of query and key 2 n H (d + dv) operations forward and 2 n H (3 d + 2 dv)
     backward. With few queries K and V are read once forward and once backward, and their gradients
     written once; with few keys the same holds of the queries.
-    vmap: not supported; batch through the ranges.
+    vmap: by the fallback of torch, one call per sample; batch through the ranges.
 
     Example:
         >>> query, key = torch.zeros(1, 6, 1, 8), torch.randn(1000, 1, 8)
@@ -155,7 +156,17 @@ def cross_attention_with_lse(
     seed = draw_seed(key.device) if dropout_p > 0 else None
     attention = Attention(*query_ragged, *key_ragged, scale, dropout_p, seed)
     dense = query.dim() == 4
-    out, lse = _forward(packed, keys, values, key_bias, *attention, dense, backend or "")
+    out, lse = call_op(
+        "cross_attention",
+        _forward,
+        packed,
+        keys,
+        values,
+        key_bias,
+        *attention,
+        dense,
+        backend or "",
+    )
     if dense:
         return out.to(query.dtype).unflatten(0, query.shape[:2]), lse.unflatten(0, query.shape[:2])
     return out, lse
@@ -286,7 +297,11 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, *d_results):
     results, inputs = saved_call(ctx)
     needs = ctx.needs_input_grad[:4]
-    return to_autograd(_backward(*d_results, *results, *inputs, *needs), needs, len(inputs))
+    return to_autograd(
+        call_op("cross_attention", _backward, *d_results, *results, *inputs, *needs),
+        needs,
+        len(inputs),
+    )
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -15,6 +15,7 @@ from survfuse.ops.cross_attention import RANGES_SCHEMA, check_sides, pairs
 from survfuse.ops.flops import flop_formula
 from survfuse.ops.pool_weights import check_weights_backend
 from survfuse.ops.registration import (
+    call_op,
     check_ranges,
     check_ranges_eagerly,
     fake_gradients,
@@ -72,13 +73,14 @@ def cross_attention_weights(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or device; it is named.
-        RuntimeError: a backend that does not have it; double backward (use backend="reference").
+        RuntimeError: a backend that does not have it; double backward, forward mode,
+            derivatives of torch.func (use backend="reference").
 
     Precision: fp32 (fp64) sums, as `cross_attention`.
     Determinism: bitwise.
     Cost: for n pairs of query and key 2 n H d operations forward, and 2 n H d more for each of
     query and key that needs a gradient, the weights being computed anew.
-    vmap: not supported; batch through the ranges.
+    vmap: by the fallback of torch, one call per sample; batch through the ranges.
 
     Example:
         >>> query, key = torch.zeros(1, 6, 1, 8), torch.randn(4, 1, 8)
@@ -121,7 +123,17 @@ def cross_attention_weights(
     ranges = (*query_ragged, *key_ragged, scale)
     layout = "mean" if reduce == "rows" else "key" if dense_queries else "query"
     lse = lse.reshape(-1, heads)
-    weights = _forward(packed, keys, lse, key_bias, *ranges, layout, reduce == "heads")
+    weights = call_op(
+        "cross_attention_weights",
+        _forward,
+        packed,
+        keys,
+        lse,
+        key_bias,
+        *ranges,
+        layout,
+        reduce == "heads",
+    )
     if layout == "mean":
         return weights.reshape(key.shape[:2]) if dense_keys else weights
     kept = () if reduce == "heads" else (heads,)
@@ -184,7 +196,11 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, d_weights):
     _, inputs = saved_call(ctx)
     needs = ctx.needs_input_grad[:4]
-    return to_autograd(_backward(d_weights, *inputs, *needs), needs, len(inputs))
+    return to_autograd(
+        call_op("cross_attention_weights", _backward, d_weights, *inputs, *needs),
+        needs,
+        len(inputs),
+    )
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -17,6 +17,7 @@ from survfuse.ops.checks import check_bag, check_bias, check_dropout, check_tens
 from survfuse.ops.flops import flop_formula
 from survfuse.ops.registration import (
     POOLING_SCHEMA,
+    call_op,
     check_ranges,
     check_ranges_eagerly,
     fake_gradients,
@@ -85,8 +86,8 @@ def gated_attention_pool(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or device; it is named.
-        RuntimeError: a named backend cannot serve the call; double backward (use
-            backend="reference").
+        RuntimeError: a named backend cannot serve the call; double backward, forward mode,
+            derivatives of torch.func (use backend="reference").
 
     Precision: fp32 (fp64) sums; error against fp64 at most twice that of plain torch in the type of
     the bag.
@@ -94,7 +95,7 @@ def gated_attention_pool(
     Cost: the hidden layer is computed tile by tile and never held, so it is computed again in the
     backward: 4 N D L operations forward, 8 N D L backward (12 N D L if the bag is trained), and
     2 N D K each way (4 N D K) for the pooling. Reads the bag once forward and once backward.
-    vmap: not supported; batch through `ragged`.
+    vmap: by the fallback of torch, one call per sample; batch through `ragged`.
 
     Source: Ilse et al., "Attention-based deep multiple instance learning", ICML 2018, eq. 9.
 
@@ -115,7 +116,9 @@ def gated_attention_pool(
         return reference.gated_attention_pool(
             packed, *gate, bias=bias, ragged=ragged, dropout_p=dropout_p
         )
-    pooled, lse = _forward(packed, *gate, bias, *pooling, backend or "")
+    pooled, lse = call_op(
+        "gated_attention_pool", _forward, packed, *gate, bias, *pooling, backend or ""
+    )
     return GatedBag(pooled.to(w_score.dtype), lse)
 
 
@@ -258,7 +261,11 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, *d_results):
     results, inputs = saved_call(ctx)
     needs = ctx.needs_input_grad[: len(GatedNeeds._fields)]
-    return to_autograd(_backward(*d_results, *results, *inputs, *needs), needs, len(inputs))
+    return to_autograd(
+        call_op("gated_attention_pool", _backward, *d_results, *results, *inputs, *needs),
+        needs,
+        len(inputs),
+    )
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -15,6 +15,7 @@ from survfuse.ops.flops import flop_formula
 from survfuse.ops.gated_attention_pool import GATE_SCHEMA, GATED_NEEDS, check_gated
 from survfuse.ops.registration import (
     POOLING_SCHEMA,
+    call_op,
     check_ranges,
     check_ranges_eagerly,
     fake_gradients,
@@ -71,7 +72,7 @@ def gated_attention_weights(
     Determinism: bitwise.
     Cost: reads the bag once forward and once backward; 4 N D L and 8 N D L operations (12 N D L if
     the bag is trained).
-    vmap: not supported; batch through `ragged`.
+    vmap: by the fallback of torch, one call per sample; batch through `ragged`.
 
     Example:
         >>> x, w, score = torch.eye(2), torch.zeros(3, 2), torch.ones(1, 3)
@@ -93,7 +94,9 @@ def gated_attention_weights(
         )
     pooling = make_pooling(ragged, 1.0, None, None)
     group = 1 if reduce is None else w_score.shape[0]
-    weights = _forward(packed, *gate, bias, lse, *pooling[:9], group)
+    weights = call_op(
+        "gated_attention_weights", _forward, packed, *gate, bias, lse, *pooling[:9], group
+    )
     return weights if reduce is None else weights.reshape(ragged.total)
 
 
@@ -171,7 +174,11 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, d_weights):
     _, inputs = saved_call(ctx)
     needs = ctx.needs_input_grad[:_N_INPUTS]
-    return to_autograd(_backward(d_weights, *inputs, *needs), needs, len(inputs))
+    return to_autograd(
+        call_op("gated_attention_weights", _backward, d_weights, *inputs, *needs),
+        needs,
+        len(inputs),
+    )
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

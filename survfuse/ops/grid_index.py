@@ -73,7 +73,7 @@ def grid_index(
             "they must be finite"
         )
     origin = _per_bag(place, bag, ragged.n_bags, "amin")
-    relative = (place - origin[bag]).to(torch.float64) / size[bag, None]
+    relative = _differences(place, origin[bag]) / size[bag, None]
     # not round(), which would put the halves 1.5 and 2.5 of one piece of tissue into one cell
     cell = (relative + 0.5).floor()
     _check_on_grid(place, relative - cell, bag, row, size, tolerance)
@@ -93,6 +93,12 @@ def grid_index(
     return GridIndex(torch.where(index == _NO_ROW, -1, index), offsets, shapes)
 
 
+def _differences(place: Tensor, origin: Tensor) -> Tensor:
+    """How far each place lies beyond its origin, in fp64; the int64 difference may overflow."""
+    exact = place - origin
+    return torch.where(exact < 0, place.to(torch.float64) - origin, exact.to(torch.float64))
+
+
 def _check(coords: Tensor, ragged: Ragged | None, tolerance: float, duplicates: str) -> Ragged:
     if not isinstance(coords, Tensor):
         raise TypeError(f"coords is {type(coords).__name__}; it must be a tensor")
@@ -103,6 +109,10 @@ def _check(coords: Tensor, ragged: Ragged | None, tolerance: float, duplicates: 
         )
     if coords.dim() != 2 or coords.shape[1] != 2:
         raise ValueError(f"coords has shape {tuple(coords.shape)}; it must be [T, 2]")
+    if coords.is_meta:
+        raise ValueError(
+            "coords is on meta; it must hold numbers, since the sizes follow from them"
+        )
     if coords.shape[0] > _NO_ROW:
         raise ValueError(f"coords has {coords.shape[0]} rows; there must be fewer than 2^31")
     check_number("tolerance", tolerance)
@@ -119,6 +129,8 @@ def _check(coords: Tensor, ragged: Ragged | None, tolerance: float, duplicates: 
 
 def _sizes(patch_size: float | Sequence[float] | Tensor, ragged: Ragged) -> Tensor:
     """The patch size of each bag, [B] fp64."""
+    if isinstance(patch_size, bool):
+        raise TypeError(f"patch_size is {patch_size}; it must be a number, or one for each bag")
     try:
         sizes = torch.as_tensor(patch_size, dtype=torch.float64, device=ragged.starts.device)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -196,8 +208,8 @@ def _check_size(place: Tensor, shapes: Tensor, bag: Tensor, row: Tensor) -> None
     far = int((mine - mine.median(0).values).abs().amax(1).argmax())
     where = int(row[bag == b][far])
     raise ValueError(
-        f"coords of bag {b} span {height:.0f} x {width:.0f} cells; a bounding box must have fewer "
-        f"than 2^31. Row {where} lies farthest out, at {tuple(place[bag == b][far].tolist())}"
+        f"coords of bag {b} span {height:.15g} x {width:.15g} cells; a bounding box must have "
+        f"fewer than 2^31. Row {where} lies farthest out, at {tuple(place[bag == b][far].tolist())}"
     )
 
 

@@ -15,9 +15,11 @@ from torch import Tensor
 from survfuse import reference
 from survfuse.deformable import Samples, SamplingNeeds
 from survfuse.ops.backends import Selection, backend_obstacle, check_backend
-from survfuse.ops.checks import check_tensor
+from survfuse.ops.checks import check_coordinates, check_tensor
 from survfuse.ops.flops import flop_formula
 from survfuse.ops.registration import (
+    call_op,
+    check_reference,
     fake_gradients,
     gradients_like,
     no_double_backward,
@@ -26,13 +28,14 @@ from survfuse.ops.registration import (
     to_autograd,
     without_autocast,
 )
-from survfuse.pooling import accumulation_type
 
 _MODULES = {
     "tiled": "survfuse.tiled.multi_scale_deformable_attention",
     "native": "survfuse.native.multi_scale_deformable_attention",
     "triton": "survfuse.triton_kernels.multi_scale_deformable_attention",
 }
+# of an error: where the number of levels comes from
+_LEVELS = ", with the levels of spatial_shapes"
 Shapes = Tensor | Sequence[tuple[int, int]]
 
 
@@ -55,7 +58,7 @@ def multi_scale_deformable_attention(
             fp64. Any strides with a unit last one.
         spatial_shapes: [L, 2] (height, width) of each level, S pixels in all: int64, or pairs of
             numbers. A tensor on a GPU is not looked at on the host: what does not fit S is not
-            sampled there.
+            sampled there. In compiled code backend="reference" does not compare it with S.
         sampling_locations: [B, Q, H, L, P, 2] (x, y) in units of the level's width and height;
             fp32 (fp64 beside an fp64 value), whatever the type of the value: 16 bits hold no
             position within a pixel of a large map. (0, 0) is a level's upper left corner; samples
@@ -69,15 +72,15 @@ def multi_scale_deformable_attention(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or device; it is named.
-        RuntimeError: a named backend cannot serve the call; double backward (use
-            backend="reference").
+        RuntimeError: a named backend cannot serve the call; double backward, forward mode,
+            derivatives of torch.func (use backend="reference").
 
     Precision: coordinates, products and sums in fp32 (fp64); the gradient of the value is summed in
     fp32 and rounded once.
     Determinism: bitwise on the CPU. On a GPU the gradient of the value is added by atomics, in any
     order, unless `torch.use_deterministic_algorithms(True)` asks for sums in fixed point.
     Cost: 8 B Q H L P d operations forward and twice that backward; each sample gathers 4 d numbers.
-    vmap: not supported; batches are B.
+    vmap: by the fallback of torch, one call per sample; batches are B.
 
     Source: Zhu et al., "Deformable DETR", ICLR 2021, eq. 3.
 
@@ -92,18 +95,30 @@ def multi_scale_deformable_attention(
     n_batches, _, heads, _ = value.shape
     n_levels, beside = len(shapes), {"device": value.device, "beside": "the value"}
     points_shape = (n_batches, "Q", heads, n_levels, "P", 2)
-    check_tensor("sampling_locations", sampling_locations, shape=points_shape, **beside)
-    _check_coordinates("sampling_locations", sampling_locations, value)
+    check_tensor(
+        "sampling_locations", sampling_locations, shape=points_shape, note=_LEVELS, **beside
+    )
+    check_coordinates("sampling_locations", sampling_locations, value, "value")
     points_shape = tuple(sampling_locations.shape[:-1])
     _check_points("sampling_locations", sampling_locations)
     check_tensor("attention_weights", attention_weights, shape=points_shape, **beside)
     check_backend(backend)
     if backend == "reference":
-        _check_shapes_eagerly(shapes, value)
+        check_reference(shapes, "spatial_shapes")
+        check_shapes_eagerly(shapes, value)
         return reference.multi_scale_deformable_attention(
             value, shapes, sampling_locations, attention_weights
         )
-    return _forward(value, shapes, sampling_locations, attention_weights, None, backend or "")[0]
+    return call_op(
+        "multi_scale_deformable_attention",
+        _forward,
+        value,
+        shapes,
+        sampling_locations,
+        attention_weights,
+        None,
+        backend or "",
+    )[0]
 
 
 def multi_scale_deformable_attention_from_offsets(
@@ -150,14 +165,15 @@ def multi_scale_deformable_attention_from_offsets(
     n_batches, _, heads, _ = value.shape
     n_levels, beside = len(shapes), {"device": value.device, "beside": "the value"}
     offsets_shape = (n_batches, "Q", heads, n_levels, "P", 2)
-    check_tensor("sampling_offsets", sampling_offsets, shape=offsets_shape, **beside)
-    _check_coordinates("sampling_offsets", sampling_offsets, value)
+    check_tensor("sampling_offsets", sampling_offsets, shape=offsets_shape, note=_LEVELS, **beside)
+    check_coordinates("sampling_offsets", sampling_offsets, value, "value")
     _check_points("sampling_offsets", sampling_offsets)
     _, n_queries, *_, n_points, _ = sampling_offsets.shape
     sides = 4 if isinstance(reference_points, Tensor) and reference_points.shape[-1:] == (4,) else 2
     reference_shape = (n_batches, n_queries, n_levels, sides)
-    check_tensor("reference_points", reference_points, shape=reference_shape, **beside)
-    _check_coordinates("reference_points", reference_points, value)
+    note = "" if sides == 4 else ", or hold 4 numbers each for boxes"
+    check_tensor("reference_points", reference_points, shape=reference_shape, note=note, **beside)
+    check_coordinates("reference_points", reference_points, value, "value")
     logits_shape = (n_batches, n_queries, heads, n_levels, n_points)
     if isinstance(attention_logits, Tensor) and attention_logits.dim() == 4:
         check_tensor(
@@ -167,70 +183,89 @@ def multi_scale_deformable_attention_from_offsets(
             **beside,
         )
         attention_logits = attention_logits.unflatten(3, (n_levels, n_points))
-    check_tensor("attention_logits", attention_logits, shape=logits_shape, **beside)
+    note = ", or flat [B, Q, H, L * P]"
+    check_tensor("attention_logits", attention_logits, shape=logits_shape, note=note, **beside)
     check_backend(backend)
     if backend == "reference":
-        _check_shapes_eagerly(shapes, value)
+        check_reference(shapes, "spatial_shapes")
+        check_shapes_eagerly(shapes, value)
         return reference.multi_scale_deformable_attention_from_offsets(
             value, shapes, reference_points, sampling_offsets, attention_logits
         )
     inputs = (value, shapes, sampling_offsets, attention_logits, reference_points)
-    return _forward(*inputs, backend or "")[0]
+    return call_op("multi_scale_deformable_attention", _forward, *inputs, backend or "")[0]
 
 
 def _check_value(value: Tensor, spatial_shapes: Shapes) -> Tensor:
     """The shapes as a tensor beside the value, which is [B, S, H, d]."""
+    check_value(value)
+    return read_shapes(spatial_shapes, value).to(value.device)
+
+
+def check_value(value: Tensor) -> None:
+    """Raise unless `value` is [B, S, H, d] with a head and a channel."""
     if not isinstance(value, Tensor):
         raise TypeError(f"value is {type(value).__name__}; it must be a tensor")
     check_tensor("value", value, shape=("B", "S", "H", "d"), device=value.device)
     if value.shape[2] == 0 or value.shape[3] == 0:
         raise ValueError(f"value has shape {tuple(value.shape)}; it needs a head and a channel")
+
+
+def read_shapes(
+    spatial_shapes: Shapes, value: Tensor, names: tuple[str, str] = ("spatial_shapes", "value")
+) -> Tensor:
+    """The shapes as an int64 tensor [L, 2], where they lie; `names` are those of the arguments."""
+    name, stored = names
     if isinstance(spatial_shapes, Tensor):
         if spatial_shapes.dtype != torch.int64:
-            raise TypeError(f"spatial_shapes is {spatial_shapes.dtype}; it must be int64")
+            raise TypeError(f"{name} is {spatial_shapes.dtype}; it must be int64")
         shapes = spatial_shapes
     else:
-        shapes = _shapes_of_pairs(spatial_shapes, value)
+        shapes = _shapes_of_pairs(name, spatial_shapes)
     if shapes.dim() != 2 or shapes.shape[0] == 0 or shapes.shape[1] != 2:
-        raise ValueError(
-            f"spatial_shapes has shape {tuple(shapes.shape)}; it must be [L, 2], L at least 1"
-        )
-    return shapes.to(value.device)
+        raise ValueError(f"{name} has shape {tuple(shapes.shape)}; it must be [L, 2], L at least 1")
+    if shapes.is_meta and not value.is_meta:
+        raise ValueError(f"{name} is on meta and {stored} on {value.device}; it must hold numbers")
+    if not isinstance(spatial_shapes, Tensor):
+        # known to the host: wrong ones need not wait for a kernel
+        check_shapes_eagerly(shapes, value, names)
+    return shapes
 
 
-def _shapes_of_pairs(pairs: Sequence[tuple[int, int]], value: Tensor) -> Tensor:
+def _shapes_of_pairs(name: str, pairs: Sequence[tuple[int, int]]) -> Tensor:
     try:
         shapes = torch.as_tensor(pairs)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
-            f"spatial_shapes is {pairs!r}; it must be int64 [L, 2] or pairs of whole numbers"
+            f"{name} is {pairs!r}; it must be int64 [L, 2] or pairs of whole numbers"
         ) from error
-    if shapes.numel() and shapes.dtype != torch.int64:
-        raise TypeError(f"spatial_shapes is {pairs!r}; it must hold pairs of whole numbers")
-    shapes = shapes.to(torch.int64)
-    if shapes.dim() == 2 and shapes.shape[1] == 2:
-        # known to the host: wrong ones need not wait for a kernel
-        _check_shapes_eagerly(shapes, value)
-    return shapes
+    kind = shapes.dtype
+    if shapes.numel() and (kind.is_floating_point or kind.is_complex or kind == torch.bool):
+        raise TypeError(f"{name} is {pairs!r}; it must hold pairs of whole numbers")
+    return shapes.to(torch.int64)
 
 
-def _check_shapes_eagerly(shapes: Tensor, value: Tensor) -> None:
+def check_shapes_eagerly(
+    shapes: Tensor, value: Tensor, names: tuple[str, str] = ("spatial_shapes", "value")
+) -> None:
     """The check of the op where no op stands between; a graph being compiled holds no values."""
     if not torch.compiler.is_compiling():
-        _check_shapes(shapes, value.shape[1])
+        _check_shapes(shapes, value.shape[1], names)
 
 
-def _check_shapes(shapes: Tensor, n_rows: int) -> None:
+def _check_shapes(
+    shapes: Tensor, n_rows: int, names: tuple[str, str] = ("spatial_shapes", "value")
+) -> None:
     """On the CPU, raise unless the levels are as large as the value."""
     if shapes.device.type != "cpu":
         return
-    listed = shapes.tolist()
+    listed, (name, stored) = shapes.tolist(), names
     if any(side < 0 for pair in listed for side in pair):
-        raise ValueError(f"spatial_shapes is {listed}; a height or width is at least 0")
+        raise ValueError(f"{name} is {listed}; a height or width is at least 0")
     n_pixels = sum(height * width for height, width in listed)
     if n_pixels != n_rows:
         raise ValueError(
-            f"spatial_shapes is {listed}, {n_pixels} pixels in all; value has {n_rows} rows, and "
+            f"{name} is {listed}, {n_pixels} pixels in all; {stored} has {n_rows} rows, and "
             "they must be as many"
         )
 
@@ -238,15 +273,6 @@ def _check_shapes(shapes: Tensor, n_rows: int) -> None:
 def _check_points(name: str, points: Tensor) -> None:
     if points.shape[4] == 0:
         raise ValueError(f"{name} has shape {tuple(points.shape)}; P must be at least 1")
-
-
-def _check_coordinates(name: str, tensor: Tensor, value: Tensor) -> None:
-    wanted = accumulation_type(value.dtype)
-    if tensor.dtype != wanted:
-        raise TypeError(
-            f"{name} is {tensor.dtype}; it must be {wanted} beside a value of {value.dtype}, since "
-            "16 bits hold no position within a pixel of a large map"
-        )
 
 
 def select_deformable_backend(
@@ -345,7 +371,11 @@ def _differentiate(ctx, d_out, d_lse):
     (_, lse), inputs = saved_call(ctx)
     # the shapes lie between the value and the points
     value, _, *rest = ctx.needs_input_grad[:5]
-    gradients = to_autograd(_backward(d_out, lse, *inputs, value, *rest), (value, *rest), 4)
+    gradients = to_autograd(
+        call_op("multi_scale_deformable_attention", _backward, d_out, lse, *inputs, value, *rest),
+        (value, *rest),
+        4,
+    )
     return gradients[0], None, *gradients[1:], None
 
 

@@ -16,6 +16,7 @@ from survfuse.ops.checks import check_bag, check_bias, check_dropout, check_stat
 from survfuse.ops.flops import flop_formula
 from survfuse.ops.registration import (
     POOLING_SCHEMA,
+    call_op,
     check_ranges,
     check_ranges_eagerly,
     fake_gradients,
@@ -80,15 +81,15 @@ def pool_bag(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or device; it is named.
-        RuntimeError: a named backend cannot serve the call; double backward (use
-            backend="reference").
+        RuntimeError: a named backend cannot serve the call; double backward, forward mode,
+            derivatives of torch.func (use backend="reference").
 
     Precision: fp32 (fp64) sums; error against fp64 at most twice that of plain torch in the type of
     the bag.
     Determinism: bitwise, always.
     Cost: reads the bag once forward and once backward (written once more if it is trained);
     4 N D R and 6 N D R operations (10 N D R if trained).
-    vmap: not supported; batch through `ragged`.
+    vmap: by the fallback of torch, one call per sample; batch through `ragged`.
 
     Example:
         >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -112,7 +113,9 @@ def pool_bag(
             stats=stats,
             dropout_p=dropout_p,
         )
-    pooled, lse, weight_sum = _forward(rows, packed, bias, *pooling, backend or "")
+    pooled, lse, weight_sum = call_op(
+        "pool_bag", _forward, rows, packed, bias, *pooling, backend or ""
+    )
     return PooledBag(pooled.to(rows.dtype), lse, weight_sum.to(rows.dtype))
 
 
@@ -194,7 +197,9 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, *d_results):
     results, inputs = saved_call(ctx)
     needs = ctx.needs_input_grad[:3]
-    return to_autograd(_backward(*d_results, *results, *inputs, *needs), needs, len(inputs))
+    return to_autograd(
+        call_op("pool_bag", _backward, *d_results, *results, *inputs, *needs), needs, len(inputs)
+    )
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

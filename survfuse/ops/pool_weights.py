@@ -15,6 +15,7 @@ from survfuse.ops.flops import flop_formula
 from survfuse.ops.pool_bag import check_pooling
 from survfuse.ops.registration import (
     POOLING_SCHEMA,
+    call_op,
     check_ranges,
     check_ranges_eagerly,
     fake_gradients,
@@ -66,7 +67,7 @@ def pool_weights(
 
     Determinism: bitwise.
     Cost: reads the bag once forward and once backward; 2 N D R and 4 N D R operations.
-    vmap: not supported; batch through `ragged`.
+    vmap: by the fallback of torch, one call per sample; batch through `ragged`.
 
     Example:
         >>> x = torch.eye(2)
@@ -107,7 +108,16 @@ def pool_weights(
             reduce=reduce,
         )
     group = {None: 1, "rows": n_rows, "heads": lse.shape[-1]}[reduce]
-    weights = _forward(rows, packed, lse.reshape(n_bags, n_rows), bias, *pooling[:9], group)
+    weights = call_op(
+        "pool_weights",
+        _forward,
+        rows,
+        packed,
+        lse.reshape(n_bags, n_rows),
+        bias,
+        *pooling[:9],
+        group,
+    )
     if reduce == "rows":
         return weights.reshape(ragged.total)
     return weights.reshape(ragged.total, *lse.shape[1 : 3 if reduce is None else 2])
@@ -167,7 +177,9 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, d_weights):
     _, inputs = saved_call(ctx)
     needs = ctx.needs_input_grad[:4]
-    return to_autograd(_backward(d_weights, *inputs, *needs), needs, len(inputs))
+    return to_autograd(
+        call_op("pool_weights", _backward, d_weights, *inputs, *needs), needs, len(inputs)
+    )
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

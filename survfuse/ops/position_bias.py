@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from survfuse.ops.backends import Selection, backend_obstacle
-from survfuse.ops.checks import check_number, check_tensor
+from survfuse.ops.checks import check_coordinates, check_integer, check_number, check_tensor
+from survfuse.ops.registration import autocast_off
 from survfuse.position_bias import PositionBias
 from survfuse.ragged import Ragged, as_packed_heads
 from survfuse.reference.position_biased_attention import (
@@ -42,8 +43,12 @@ def check_sides(
     n_bags, n_keys, heads, head_dim = key.shape
     if heads == 0 or head_dim == 0:
         raise ValueError(f"key has shape {tuple(key.shape)}; it needs a head and a channel")
-    dense = ("B", "Lq", heads, head_dim)
-    check_tensor("query", query, shape=dense[-max(query.dim(), 3) :], **beside)
+    tail = (heads, head_dim)
+    if query.dim() == 4:
+        check_tensor("query", query, shape=("B", "Lq", *tail), **beside)
+    else:
+        note = ", or dense [B, Lq, H, d]"
+        check_tensor("query", query, shape=("T", *tail), note=note, **beside)
     check_tensor("value", value, shape=(n_bags, n_keys, heads, "dv"), **beside)
     for name, tensor in (("query", query), ("value", value)):
         if tensor.dtype != key.dtype:
@@ -65,18 +70,8 @@ def check_sides(
             f"{heads} heads"
         )
     for name, tensor in (("query_pos", query_pos), ("key_pos", key_pos)):
-        _check_position_type(name, tensor, key)
+        check_coordinates(name, tensor, key, "key")
     return packed, packed_positions(query, query_pos), query_ragged
-
-
-def _check_position_type(name: str, positions: Tensor, key: Tensor) -> None:
-    wanted = torch.float64 if key.dtype == torch.float64 else torch.float32
-    if positions.dtype == wanted:
-        return
-    reason = "" if positions.dtype.itemsize > 2 else ": 16 bits lose what is finer than a pixel"
-    raise TypeError(
-        f"{name} is {positions.dtype} beside a {key.dtype} key; it must be {wanted}{reason}"
-    )
 
 
 def check_mlp(mlp: Sequence[tuple[Tensor, Tensor]], n_out: int, device: torch.device) -> None:
@@ -87,7 +82,8 @@ def check_mlp(mlp: Sequence[tuple[Tensor, Tensor]], n_out: int, device: torch.de
     size = 2
     for index, layer in enumerate(mlp):
         if not isinstance(layer, tuple | list) or len(layer) != 2:
-            found = f"{len(layer)} of them" if isinstance(layer, tuple | list) else layer
+            several = isinstance(layer, tuple | list)
+            found = f"{len(layer)} of them" if several else type(layer).__name__
             raise TypeError(f"mlp[{index}] is {found}; it must be a pair (weight, bias)")
         weight, shift = layer
         last = index == len(mlp) - 1
@@ -111,8 +107,7 @@ def check_bias(bias: str, table_size: int, table_range: float | None) -> None:
     """Raise unless these name a bias."""
     if bias not in ("exact", "table"):
         raise ValueError(f'bias is {bias!r}; it must be "exact" or "table"')
-    if isinstance(table_size, bool) or not isinstance(table_size, int | torch.SymInt):
-        raise TypeError(f"table_size is {table_size!r}; it must be an integer")
+    check_integer("table_size", table_size)
     if not 2 <= table_size <= _MAX_TABLE:
         raise ValueError(f"table_size is {table_size}; it must be from 2 to {_MAX_TABLE}")
     if table_range is not None:
@@ -142,7 +137,7 @@ def make_bias(
         return pack_mlp(mlp)
     query_pos, key_pos, ragged = sides
     reach = table_reach(query_pos, key_pos, ragged, table_range)
-    with torch.autocast(reach.device.type, enabled=False):
+    with autocast_off(reach.device):
         return PositionBias(make_table(mlp, table_size, reach), reach, 0, 0)
 
 

@@ -26,6 +26,7 @@ from survfuse.ops.position_bias import (
     select_biased_backend,
 )
 from survfuse.ops.registration import (
+    call_op,
     check_ranges,
     check_ranges_eagerly,
     fake_gradients,
@@ -83,7 +84,8 @@ def position_biased_attention(
         value: [B, M, H, dv].
         query_pos: [B, Lq, 2], or [Lq, 2] for all bags, or packed [T, 2] beside packed queries. In
             any unit. fp32 (fp64 beside fp64 features): 16 bits would lose what lies between two
-            patches.
+            patches. A NaN makes the results of all that it is paired with NaN; so may an infinite
+            position by the MLP, while a table takes it for its edge.
         key_pos: [B, G, M, 2] in the same unit and type. G divides H, and head g * (H / G) + o
             reads group g.
         mlp: (weight [out, in], bias [out]) of each layer, with ReLU between them: in = 2 first,
@@ -92,7 +94,9 @@ def position_biased_attention(
         query_ragged: the range of rows of each bag's packed queries. Rows in no bag are never read.
         bias: "exact" evaluates the MLP for each pair; "table" on a grid, evenly spaced in slog, and
             interpolates, which is what many thousand keys need.
-        table_size: nodes along each axis of the table, 2 to 16384.
+        table_size: nodes n along each axis of the table, 2 to 16384. Its gradient keeps the hidden
+            layers at every node: 8 n^2 bytes in fp32 for each unit, which for two layers of 64 are
+            67 MB for n = 256 and 1.1 GB for 1024.
         table_range: the largest offset along an axis that the table covers, in the unit of the
             positions; None measures it, on the device. Beyond, the bias is that of the edge.
         scale: by default d ** -0.5.
@@ -106,8 +110,8 @@ def position_biased_attention(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or device; it is named.
-        RuntimeError: a named backend cannot serve the call; double backward (use
-            backend="reference").
+        RuntimeError: a named backend cannot serve the call; double backward, forward mode,
+            derivatives of torch.func (use backend="reference").
 
     Precision: fp32 (fp64) sums, offsets and MLP; error against fp64 at most twice that of plain
     torch in the type of the features. docs/math.md bounds what a table adds: it is exact in cells
@@ -116,7 +120,7 @@ def position_biased_attention(
     Cost: for n pairs of query and key 2 n H (d + dv) + 2 n G P operations forward, P the parameters
     of the MLP, and 2 n H (3 d + 2 dv) + 6 n G P backward. A table replaces P by 4 for each head of
     a group and adds P for each of its nodes. Memory: inputs, results and one tile.
-    vmap: not supported; batch through `query_ragged`.
+    vmap: by the fallback of torch, one call per sample; batch through `query_ragged`.
 
     Source: Dai et al., "Deformable convolutional networks", ICCV 2017, for sampling; Liu et al.,
     "Swin transformer V2", CVPR 2022, section 3.3, for the bias.
@@ -209,7 +213,7 @@ def _call(query, key, value, query_pos, key_pos, bias, attention, backend) -> At
     *ranges, scale, dropout_p, seed = attention
     tensors = (query, key, value, query_pos, key_pos, parameters, reach)
     options = (depth, width, scale, dropout_p, seed, backend)
-    return Attended(*_forward(*tensors, *ranges, *options))
+    return Attended(*call_op("position_biased_attention", _forward, *tensors, *ranges, *options))
 
 
 _N_TENSORS = len(PositionedNeeds._fields)
@@ -302,7 +306,11 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, *d_results):
     results, inputs = saved_call(ctx)
     needs = ctx.needs_input_grad[:_N_TENSORS]
-    return to_autograd(_backward(*d_results, *results, *inputs, *needs), needs, len(inputs))
+    return to_autograd(
+        call_op("position_biased_attention", _backward, *d_results, *results, *inputs, *needs),
+        needs,
+        len(inputs),
+    )
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

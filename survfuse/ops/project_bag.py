@@ -12,6 +12,7 @@ from torch import Tensor
 from survfuse.ops.flops import flop_formula
 from survfuse.ops.registration import (
     POOLING_SCHEMA,
+    call_op,
     check_ranges,
     fake_gradients,
     gradients_like,
@@ -53,7 +54,7 @@ def project_bag(
     """
     pooling = make_pooling(ragged, 1.0, normalize_eps, None)
     bias = None if bias is None else bias.detach()
-    return _forward(bag, weight, shift, bias, *pooling[:9])
+    return call_op("project_bag", _forward, bag, weight, shift, bias, *pooling[:9])
 
 
 def form_heads(
@@ -142,7 +143,9 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, d_out):
     _, inputs = saved_call(ctx)
     needs = ctx.needs_input_grad[:3]
-    return to_autograd(_backward(d_out, *inputs, *needs), needs, len(inputs))
+    return to_autograd(
+        call_op("project_bag", _backward, d_out, *inputs, *needs), needs, len(inputs)
+    )
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from survfuse.ops.checks import check_eps, check_scale
 from survfuse.pooling import Pooling
@@ -36,12 +39,19 @@ def make_pooling(
     return Pooling(*ragged, scale, normalize, eps, mean, rstd, dropout_p, seed)
 
 
+def autocast_off(device: torch.device) -> AbstractContextManager:
+    """No autocast within; meta tensors, which compute nothing, know none."""
+    if device.type == "meta":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 def without_autocast(function: Callable) -> Callable:
     """Autocast would round the fp32 products inside an implementation to 16 bits."""
 
     @functools.wraps(function)
     def wrapped(*arguments):
-        with torch.autocast(arguments[0].device.type, enabled=False):
+        with autocast_off(arguments[0].device):
             return function(*arguments)
 
     return wrapped
@@ -54,9 +64,19 @@ def check_ranges(bag: Tensor, ragged: Ragged, name: str = "ragged") -> None:
 
 
 def check_ranges_eagerly(bag: Tensor, ragged: Ragged, name: str = "ragged") -> None:
-    """The same where no op stands between; a graph being compiled cannot look at values."""
+    """The same for the reference, which is no op; a graph being compiled cannot look at values."""
+    check_reference(bag)
     if not torch.compiler.is_compiling():
         check_ranges(bag, ragged, name)
+
+
+def check_reference(tensor: Tensor, what: str = "the ranges of bags") -> None:
+    """Raise unless the reference, which reads `what` on the host, can serve the call."""
+    if tensor.is_meta:
+        raise RuntimeError(
+            f"backend='reference' cannot serve this call: it reads {what}, and tensors on meta "
+            "hold no numbers"
+        )
 
 
 def unit_stride(bag: Tensor) -> Tensor:
@@ -106,6 +126,37 @@ def to_autograd(
     """A gradient for each of `n_inputs`: None where none is needed."""
     wanted = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
     return *wanted, *(None,) * (n_inputs - len(needs))
+
+
+def call_op(op: str, registered: Callable, *arguments):
+    """`registered(*arguments)`, where torch can differentiate it.
+
+    In forward mode torch takes a registered op for a constant, and its tangent for zero.
+
+    Raises:
+        RuntimeError: an argument has a tangent, or a gradient of `torch.func` is asked for.
+    """
+    if any(_has_tangent(value) for value in arguments if isinstance(value, Tensor)):
+        raise RuntimeError(
+            f'{op} has no forward-mode derivative on this backend; backend="reference" has one'
+        )
+    try:
+        return registered(*arguments)
+    except RuntimeError as error:
+        if "functorch transforms" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{op} has no derivative for torch.func on this backend; torch.autograd.grad gives "
+            'one, and backend="reference" both'
+        ) from error
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    try:
+        return forward_ad.unpack_dual(tensor).tangent is not None
+    except RuntimeError:
+        # vmap within a forward mode hides the tangent
+        return True
 
 
 def no_double_backward(op: str) -> Callable:

@@ -11,9 +11,10 @@ from torch import Tensor
 from survfuse import reference
 from survfuse.grid import GridIndex
 from survfuse.ops.backends import Selection, check_backend
-from survfuse.ops.checks import check_tensor
+from survfuse.ops.checks import check_coordinates, check_tensor
 from survfuse.ops.flops import flop_formula
 from survfuse.ops.registration import (
+    call_op,
     fake_gradients,
     gradients_like,
     no_double_backward,
@@ -63,8 +64,8 @@ def sample_bag(
         TypeError, ValueError: an argument has the wrong type, shape or device; it is named. On the
             CPU also a grid that does not fit the bag; on a device its rows outside of the matrix
             are no tissue.
-        RuntimeError: a named backend cannot serve the call; double backward (use
-            backend="reference").
+        RuntimeError: a named backend cannot serve the call; double backward, forward mode,
+            derivatives of torch.func (use backend="reference").
 
     Precision: fp32 (fp64) weights and sums; error against fp64 at most twice that of plain torch in
     the type of the bag. Coordinates are never rounded to 16 bits. Renormalised, the gradient of a
@@ -74,7 +75,7 @@ def sample_bag(
     Cost: reads 4 B M rows forward and, for the gradient of the points, once more backward; 8 B M D
     operations forward and 8 for each gradient. The gradient of the bag is [T, D], in fp32 until it
     is rounded.
-    vmap: not supported; batch through the grid.
+    vmap: by the fallback of torch, one call per sample; batch through the grid.
 
     Example:
         >>> from survfuse.ops import grid_index
@@ -89,7 +90,7 @@ def sample_bag(
         if not torch.compiler.is_compiling():
             _check_values(bag, grid)
         return reference.sample_bag(bag, grid, points, corners=corners)
-    return _forward(bag, *grid, points, corners == "renormalise")
+    return call_op("sample_bag", _forward, bag, *grid, points, corners == "renormalise")
 
 
 def check_sampling_backend(backend: str | None) -> Selection:
@@ -109,19 +110,10 @@ def _check(bag: Tensor, grid: GridIndex, points: Tensor, corners: str) -> None:
     if not isinstance(bag, Tensor):
         raise TypeError(f"bag is {type(bag).__name__}; it must be a tensor")
     check_tensor("bag", bag, shape=("T", "D"), device=bag.device)
-    if not isinstance(grid, GridIndex):
-        raise TypeError(f"grid is {type(grid).__name__}; it must be a survfuse.grid.GridIndex")
-    _check_grid_tensor("index", grid.index, torch.int32, ("cells",), bag)
-    _check_grid_tensor("shapes", grid.shapes, torch.int64, ("B", 2), bag)
-    _check_grid_tensor("cell_offsets", grid.cell_offsets, torch.int64, (grid.n_bags + 1,), bag)
+    check_grid(grid, bag.device)
     if not isinstance(points, Tensor):
         raise TypeError(f"points is {type(points).__name__}; it must be a tensor")
-    wanted = torch.float64 if bag.dtype == torch.float64 else torch.float32
-    if points.dtype != wanted:
-        raise TypeError(
-            f"points is {points.dtype} and bag {bag.dtype}; it must be {wanted}: coordinates of 16 "
-            "bits lose sub-pixel precision, and those of other types are converted by you"
-        )
+    check_coordinates("points", points, bag, "bag")
     check_tensor("points", points, shape=(grid.n_bags, "G", "M", 2), device=bag.device)
     n_groups = points.shape[1]
     if n_groups == 0 or bag.shape[1] == 0 or bag.shape[1] % n_groups:
@@ -129,12 +121,32 @@ def _check(bag: Tensor, grid: GridIndex, points: Tensor, corners: str) -> None:
             f"points has {n_groups} groups and bag {bag.shape[1]} features; the first must divide "
             "the second"
         )
+    check_corners(corners)
+
+
+def check_corners(corners: str) -> None:
+    """Raise unless `corners` says what cells without tissue count as."""
     if corners not in ("zero", "renormalise"):
         raise ValueError(f'corners is {corners!r}; it must be "zero" or "renormalise"')
 
 
+def check_grid(grid: GridIndex, device: torch.device, beside: str = "the bag") -> None:
+    """Raise unless `grid` is one whose tensors have their types and shapes and lie on `device`."""
+    if not isinstance(grid, GridIndex):
+        raise TypeError(f"grid is {type(grid).__name__}; it must be a survfuse.grid.GridIndex")
+    place = (device, beside)
+    _check_grid_tensor("index", grid.index, torch.int32, ("cells",), *place)
+    _check_grid_tensor("shapes", grid.shapes, torch.int64, ("B", 2), *place)
+    _check_grid_tensor("cell_offsets", grid.cell_offsets, torch.int64, (grid.n_bags + 1,), *place)
+
+
 def _check_grid_tensor(
-    name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | str, ...], bag: Tensor
+    name: str,
+    tensor: Tensor,
+    dtype: torch.dtype,
+    shape: tuple[int | str, ...],
+    device: torch.device,
+    beside: str,
 ) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"grid.{name} is {type(tensor).__name__}; it must be a tensor")
@@ -148,9 +160,9 @@ def _check_grid_tensor(
             f"grid.{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; it must be {dtype} "
             f"[{wanted}]"
         )
-    if tensor.device != bag.device:
+    if tensor.device != device:
         raise ValueError(
-            f"grid.{name} is on {tensor.device} and the bag on {bag.device}; GridIndex.to moves it"
+            f"grid.{name} is on {tensor.device} and {beside} on {device}; GridIndex.to moves it"
         )
 
 
@@ -208,7 +220,9 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, d_samples):
     _, inputs = saved_call(ctx)
     needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[4])
-    d_bag, d_points = to_autograd(_backward(d_samples, *inputs, *needs), needs, 2)
+    d_bag, d_points = to_autograd(
+        call_op("sample_bag", _backward, d_samples, *inputs, *needs), needs, 2
+    )
     return d_bag, None, None, None, d_points, None
 
 

@@ -30,8 +30,9 @@ def selected_backend(
     Args:
         op: "pool_bag", "pool_weights", "tokens_attend_bag", "bag_attends_tokens",
             "spread_tokens", "cross_attention", "gated_attention_pool",
-            "gated_attention_weights", "multi_scale_deformable_attention",
-            "position_biased_attention" (with an MLP that kernels serve) or "sample_bag".
+            "gated_attention_weights", "multi_scale_deformable_attention" (also under the name of
+            its `..._from_offsets`), "position_biased_attention" (with an MLP that kernels serve,
+            or a table: any other MLP runs on "tiled") or "sample_bag".
         tensors: the op's tensors in the order of the call, as far as they decide: rows, bag; query,
             bag, w_k, w_v; bag, w_q, key, value; keys, values, bag; query, key, value; bag; bag;
             value; query, key, value; bag.
@@ -42,7 +43,8 @@ def selected_backend(
 
     Raises:
         ValueError: no op has that name.
-        TypeError: fewer tensors than decide; what follows them in the call may be left out.
+        TypeError: fewer tensors than decide, or something else; what follows them in the call may
+            be left out.
         RuntimeError: the named backend cannot serve the call.
 
     Example:
@@ -57,6 +59,9 @@ def selected_backend(
         raise TypeError(
             f"tensors are {len(tensors)}; {op} takes {len(names)} of them: {', '.join(names)}"
         )
+    for name, tensor in zip(names, tensors, strict=False):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is {type(tensor).__name__}; it must be a tensor")
     return select(*tensors[: len(names)], ragged=ragged, absorb=absorb, backend=backend)
 
 
@@ -182,6 +187,7 @@ _OPS = {
     "gated_attention_pool": (("bag",), _gated_attention_pool),
     "gated_attention_weights": (("bag",), _gated_attention_weights),
     "multi_scale_deformable_attention": (("value",), _deformable),
+    "multi_scale_deformable_attention_from_offsets": (("value",), _deformable),
     "position_biased_attention": (("query", "key", "value"), _position_biased_attention),
     "sample_bag": (("bag",), _sample_bag),
 }

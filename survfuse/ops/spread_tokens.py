@@ -17,6 +17,7 @@ from survfuse.ops.checks import check_bag, check_dropout, check_stats, check_ten
 from survfuse.ops.flops import flop_formula
 from survfuse.ops.registration import (
     POOLING_SCHEMA,
+    call_op,
     check_ranges,
     check_ranges_eagerly,
     fake_gradients,
@@ -83,8 +84,8 @@ def spread_tokens(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or device; it is named.
-        RuntimeError: a named backend cannot serve the call; double backward (use
-            backend="reference").
+        RuntimeError: a named backend cannot serve the call; double backward, forward mode,
+            derivatives of torch.func (use backend="reference").
 
     Precision: fp32 (fp64) sums; error against fp64 at most twice that of plain torch in the type of
     the bag.
@@ -92,7 +93,7 @@ def spread_tokens(
     Cost: reads the bag once forward and once backward and writes out (and the bag's gradient, if it
     is trained) once; 2 N R (D + dv) and 4 N R (D + dv) operations for R = H Lk (2 N R D more if the
     bag is trained).
-    vmap: not supported; batch through `ragged`.
+    vmap: by the fallback of torch, one call per sample; batch through `ragged`.
 
     Example:
         >>> keys, values = torch.zeros(1, 1, 2, 3), torch.tensor([[[[1.0], [3.0]]]])
@@ -132,7 +133,9 @@ def spread_tokens(
         keys, values = torch.where(included, keys, 0.0), torch.where(included, values, 0.0)
     seed = draw_seed(bag.device) if dropout_p > 0 else None
     pooling = make_pooling(ragged, scale, normalize_eps, stats, dropout_p, seed)
-    return Attended(*_forward(keys, values, packed, key_bias, *pooling, backend or ""))
+    return Attended(
+        *call_op("spread_tokens", _forward, keys, values, packed, key_bias, *pooling, backend or "")
+    )
 
 
 _INPUTS = (
@@ -201,7 +204,9 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, *d_results):
     (lse,), inputs = saved_call(ctx)
     needs = ctx.needs_input_grad[:4]
-    return to_autograd(_backward(*d_results, lse, *inputs, *needs), needs, len(inputs))
+    return to_autograd(
+        call_op("spread_tokens", _backward, *d_results, lse, *inputs, *needs), needs, len(inputs)
+    )
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -26,7 +26,7 @@ from survfuse.ops.cross_attention import cross_attention_with_lse
 from survfuse.ops.pool_bag import pool_bag
 from survfuse.ops.pool_weights import pool_weights
 from survfuse.ops.project_bag import form_heads, packed_rows
-from survfuse.ops.registration import check_ranges_eagerly
+from survfuse.ops.registration import autocast_off, check_ranges_eagerly
 from survfuse.pooling import accumulation_type
 from survfuse.ragged import Ragged, as_packed
 
@@ -87,7 +87,7 @@ def tokens_attend_bag(
     against fp64 at most twice that of plain torch in the type of the bag.
     Determinism: bitwise.
     Cost: 4 N D Lq H operations forward, one read of the bag forward and one backward.
-    vmap: not supported; batch through `ragged`.
+    vmap: by the fallback of torch, one call per sample; batch through `ragged`.
 
     Example:
         >>> query, bag = torch.zeros(1, 2, 1, 4), torch.ones(5, 8)
@@ -164,7 +164,7 @@ def tokens_attend_bag_with_lse(
     n_bags, n_queries, n_heads, head_dim = query.shape
     scale = head_dim**-0.5 if scale is None else scale
     normalize = norm_weight is not None or norm_bias is not None
-    with torch.autocast(bag.device.type, enabled=False):
+    with autocast_off(bag.device):
         if not absorbs(
             absorb,
             n_queries=n_queries,
@@ -278,7 +278,7 @@ def tokens_attend_bag_weights(
         )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     normalize = norm_weight is not None or norm_bias is not None
-    with torch.autocast(bag.device.type, enabled=False):
+    with autocast_off(bag.device):
         constant = constant_logit(query, w_k, b_k, norm_bias, scale)
         return pool_weights(
             absorb_queries(query, w_k, norm_weight),

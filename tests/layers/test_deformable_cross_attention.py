@@ -11,7 +11,6 @@ from torch.nn.functional import conv2d, pad
 
 from survfuse import Ragged, ops
 from survfuse.data.slides import tile_slide
-from survfuse.layers import DeformableCrossAttention
 from survfuse.layers.sparse_convolution import coarse_cells, convolve_patches
 from tests.layers.deformable_cases import (
     DIM,
@@ -213,6 +212,24 @@ def test_table_and_reference_are_near() -> None:
     assert float((coarse - exact).detach().abs().max()) > 4 * error
 
 
+@pytest.mark.parametrize("downsample", [1, 4, 5, 16])
+def test_a_kernel_reaches_one_patch_beyond_its_cell_by_default(downsample: int) -> None:
+    layer = make_layer(downsample=downsample)
+    assert layer.to_offsets[0].kernel_size == (downsample + 2,) * 2
+    query, context, grid = sparse_bags()
+    dense = layer(*maps(18, 20), shape=(18, 20))
+    assert dense.points.shape[2] == -(-18 // downsample) * -(-20 // downsample)
+    assert layer(query, context, grid=grid, ragged=RANGES).tokens.shape == (RANGES.total, DIM)
+
+
+@pytest.mark.parametrize("bias", ["exact", "table"])
+def test_meta_tensors_tell_the_shapes(bias: str) -> None:
+    layer = make_layer(bias=bias).to("meta")
+    got = layer(*(tensor.to("meta") for tensor in maps(9, 12)), shape=(9, 12))
+    assert got.tokens.shape == (2, 9 * 12, DIM)
+    assert got.points.shape == (2, 2, 9, 2)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_sparse_bags_in_sixteen_bits(autocast: bool) -> None:
     layer = make_layer()
@@ -262,74 +279,19 @@ def test_sixteen_bits_keep_their_points() -> None:
     assert float((cast.points - exact).detach().abs().max()) < 0.05
 
 
-@pytest.mark.parametrize(
-    ("sizes", "words"),
-    [
-        ({"dim": 0}, "dim is 0; it must be a positive"),
-        ({"dim": 3, "heads": 3, "offset_groups": 3}, "dim is 3; the MLP"),
-        ({"heads": 2.0}, "heads is 2.0"),
-        ({"offset_groups": 3}, "offset_groups is 3; it must divide heads, 4, and dim, 16"),
-        ({"dim": 18, "offset_groups": 4}, "must divide heads, 4, and dim, 18"),
-        ({"kernel_size": 2}, "kernel_size is 2 and downsample 4"),
-        ({"kernel_size": 5}, "an even number more"),
-        ({"dropout": 1.0}, "dropout is 1.0"),
-    ],
-)
-def test_sizes_that_do_not_fit_are_named(sizes, words) -> None:
-    with pytest.raises(ValueError, match=words):
-        DeformableCrossAttention(**({"dim": DIM, "heads": 4, "dim_head": 6} | sizes))
-
-
-def test_inputs_that_do_not_fit_are_named() -> None:
-    layer = make_layer()
-    dense = dict(zip(("query", "context"), maps(8, 6), strict=True)) | {"shape": (8, 6)}
-    query, context, grid = sparse_bags()
-    packed = {"query": query, "context": context, "grid": grid, "ragged": RANGES}
-    for good, changed, error, words in (
-        (dense, {"shape": None}, ValueError, "of shape and grid neither is given"),
-        (dense, {"grid": grid}, ValueError, "of shape and grid both is given"),
-        (dense, {"shape": (8, 5)}, ValueError, r"shape is \(8, 5\) and query has 48 tokens"),
-        (dense, {"shape": (-8, -6)}, ValueError, r"shape is \(-8, -6\)"),
-        (dense, {"ragged": RANGES}, ValueError, "ragged is given beside shape"),
-        (dense, {"query": None}, TypeError, "query is NoneType"),
-        (dense, {"query": query}, ValueError, r"query has shape .* must be \[B, h w, 16\]"),
-        (dense, {"context": dense["context"][:1]}, ValueError, "context is .* must be alike"),
-        (dense, {"context": dense["context"].float()}, ValueError, "they must be alike"),
-        (packed, {"query": dense["query"]}, ValueError, r"query has shape .* must be \[T, 16\]"),
-        (packed, {"grid": tuple(grid)}, TypeError, "grid is tuple"),
-        (packed, {"ragged": None}, ValueError, "grid has 5 bags; ragged must say"),
-        (packed, {"ragged": RANGES.select([0])}, ValueError, "ragged has 1 bags"),
-        (packed, {"ragged": (0, 1)}, TypeError, "ragged is tuple"),
-        (packed, {"query": query[:99], "context": context[:99]}, ValueError, "bag 4 is rows 90"),
-    ):
-        with pytest.raises(error, match=words):
-            layer(**(good | changed))
-    layer.released = True
-    with pytest.raises(ValueError, match="grid is given and released=True"):
-        layer(**packed)
-    with pytest.raises(ValueError, match=r"shape is \(3, 16\); released=True needs at least"):
-        layer(*maps(3, 16), shape=(3, 16))
-
-
-def test_patches_without_a_cell_are_named() -> None:
-    coords = torch.tensor([[0, 0], [1, 0], [0, 0]])
-    grid = ops.grid_index(coords, patch_size=1, duplicates="first")
-    tokens = torch.randn(3, DIM, dtype=torch.double)
-    with pytest.raises(ValueError, match=r'no cell of packed patch 2; .* duplicates="first"'):
-        make_layer()(tokens, tokens, grid=grid)
-
-
 def test_no_bags_and_empty_bags() -> None:
     layer = make_layer()
     nothing = torch.zeros(0, DIM, dtype=torch.double, requires_grad=True)
-    for lengths in ([], [0], [0, 0]):
+    for lengths, bias in itertools.product(([], [0], [0, 0]), ("exact", "table")):
+        layer.bias = bias
         ragged = Ragged.from_lengths(lengths)
         coords = torch.zeros(0, 2, dtype=torch.int64)
         grid = ops.grid_index(coords, patch_size=1, ragged=ragged)
         got = layer(nothing, nothing, grid=grid, ragged=ragged)
         assert got.tokens.shape == (0, DIM)
         assert got.points.shape == (0, 2, 2)
-        got.tokens.sum().backward()
+        gradients = torch.autograd.grad(got.tokens.sum(), [nothing, *layer.parameters()])
+        assert not any(bool(gradient.any()) for gradient in gradients)
     assert layer(*maps(4, 4, n_bags=0), shape=(4, 4)).tokens.shape == (0, 16, DIM)
 
 

@@ -108,6 +108,34 @@ def test_names_and_shapes_are_the_released_ones() -> None:
             lambda s: s.update({"p.to_v.weight": torch.zeros(24, 3, 1, 1)}),
             r"'p\.to_v\.weight' has shape .* must be \(24, 8, 1, 1\)",
         ),
+        (
+            lambda s: s.update({"p.to_out.weight": s["p.to_out.weight"][:-1]}),
+            r"'p\.to_out\.bias' has shape \(16,\); it must be \[15\], as to_out\.weight",
+        ),
+        (
+            lambda s: s.update({"p.to_out.weight": s["p.to_out.weight"][:, :-1]}),
+            r"'p\.to_offsets\.0\.weight' has shape .* a divisor of the 23 channels",
+        ),
+        *(
+            (
+                lambda s, w=wrong: s.update({"p.rel_pos_bias.mlp.2.weight": w}),
+                r"'p\.rel_pos_bias\.mlp\.2\.weight' has shape .* must be \[H / G, 4\]",
+            )
+            for wrong in (torch.tensor(1.0), torch.zeros(0, 4), torch.zeros(5, 4))
+        ),
+        (
+            lambda s: [s.pop(name) for name in list(s) if "to_" in name],
+            r"no entry 'p\.to_offsets\.0\.weight'; it has 'p\.rel_pos.*, \.\.\.$",
+        ),
+        (lambda s: s.clear(), "no entry .*; it has none$"),
+        (
+            lambda s: s.update({f"model.{name}": s.pop(name) for name in list(s)}),
+            r"no entry .*; with prefix='model\.p\.' there is one",
+        ),
+        (
+            lambda s: s.update({"state_dict": {name: s.pop(name) for name in list(s)}}),
+            "its entry 'state_dict' is a mapping itself",
+        ),
     ],
 )
 def test_released_weights_that_do_not_fit_are_named(change, words) -> None:
@@ -115,3 +143,16 @@ def test_released_weights_that_do_not_fit_are_named(change, words) -> None:
     change(state)
     with pytest.raises(ValueError, match=words):
         DeformableCrossAttention.from_released(state, prefix="p.")
+
+
+@pytest.mark.parametrize("wrong", [None, [1.0], torch.zeros(16, 24, 1, 1, dtype=torch.int64)])
+def test_entries_that_are_no_floating_tensors_are_named(wrong) -> None:
+    state = make_layer().state_dict() | {"to_out.weight": wrong}
+    with pytest.raises(TypeError, match=r"entry 'to_out\.weight' is .*; it must be a floating"):
+        DeformableCrossAttention.from_released(state)
+
+
+@pytest.mark.parametrize("wrong", [None, "weights.pt", torch.nn.Identity()], ids=str)
+def test_what_is_no_state_is_told(wrong) -> None:
+    with pytest.raises(TypeError, match=r"state_dict is .*; it must map names to tensors"):
+        DeformableCrossAttention.from_released(wrong)

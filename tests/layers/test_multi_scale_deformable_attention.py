@@ -11,6 +11,7 @@ from survfuse.layers import MSDeformAttnFunction, MultiScaleDeformableAttention
 
 SHAPES = [(4, 6), (2, 3), (1, 1)]
 N_ROWS = 31
+STARTS, META = torch.tensor([0, 24, 30]), torch.zeros(2, N_ROWS, device="meta")
 
 
 def make_module(**options) -> MultiScaleDeformableAttention:
@@ -150,9 +151,20 @@ def test_the_extension_s_function() -> None:
     assert all(
         g.abs().sum() > 0 for g in torch.autograd.grad(out.sum(), (value, locations, weights))
     )
+    for wrong in (locations.int(), locations > 0):
+        with pytest.raises(TypeError, match=r"sampling_locations is torch.*; it must be bf16"):
+            MSDeformAttnFunction.apply(value, shapes, starts, wrong, weights, 64)
+    with pytest.raises(TypeError, match="value_level_start_index is list; it must be a tensor"):
+        MSDeformAttnFunction.apply(value, shapes, [0, 24, 30], locations, weights, 64)
+    with pytest.raises(TypeError, match="value_spatial_shapes is None; it must be int64"):
+        MSDeformAttnFunction.apply(value, None, starts, locations, weights, 64)
+    with pytest.raises(ValueError, match=r"value_spatial_shapes is .* value has 31 rows"):
+        MSDeformAttnFunction.apply(value, shapes + 1, starts, locations, weights, 64)
     narrow = MSDeformAttnFunction.apply(value.half(), shapes, starts, locations.half(), weights, 64)
     assert narrow.dtype == torch.float16
-    with pytest.raises(ValueError, match=r"level_start_index is \[0, 23, 30\].*\[0, 24, 30\]"):
+    with pytest.raises(
+        ValueError, match=r"value_level_start_index is \[0, 23, 30\].*\[0, 24, 30\]"
+    ):
         MSDeformAttnFunction.apply(value, shapes, torch.tensor([0, 23, 30]), locations, weights, 64)
 
 
@@ -163,11 +175,21 @@ def test_the_extension_s_function() -> None:
         ({"n_levels": 0}, "n_levels is 0"),
         ({"n_points": 0}, "n_points is 0"),
         ({"n_heads": 0}, "n_heads is 0"),
+        ({"n_heads": "4"}, "n_heads is '4'; it must be a positive integer"),
+        ({"n_levels": None}, "n_levels is None; it must be a positive integer"),
+        ({"d_model": 16.0}, "d_model is 16.0; it must be a positive integer"),
+        ({"n_points": True}, "n_points is True; it must be a positive integer"),
+        ({"backend": "nativ"}, "backend is 'nativ'"),
     ],
 )
 def test_refused_sizes(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MultiScaleDeformableAttention(**arguments)
+
+
+def test_parameters_are_floating() -> None:
+    with pytest.raises(TypeError, match=r"dtype is torch\.int32; it must be bf16"):
+        MultiScaleDeformableAttention(dtype=torch.int32)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +199,48 @@ def test_refused_sizes(arguments: dict, message: str) -> None:
         ({"query": None}, TypeError, "query is NoneType"),
         ({"input_flatten": torch.zeros(2, 24)}, ValueError, r"input_flatten.*\[B, S, 24\]"),
         ({"reference_points": torch.zeros(2, 5, 3, 3)}, ValueError, "reference_points has shape"),
-        ({"input_spatial_shapes": SHAPES[:2]}, ValueError, "30 pixels in all; value has 31 rows"),
+        ({"reference_points": torch.zeros(2, 5, 3, 2).int()}, TypeError, "points is torch.int32"),
+        ({"reference_points": torch.ones(2, 5, 3, 2) > 0}, TypeError, "points is torch.bool"),
+        ({"query": torch.zeros(2, 5, 24).double()}, TypeError, "query is .*64 and the layer .*32"),
+        ({"input_flatten": torch.zeros(2, N_ROWS, 24).half()}, TypeError, "input_flatten is .*16"),
+        ({"query": torch.zeros(1, 5, 24)}, ValueError, "they must hold the same batches"),
+        *(
+            ({name: torch.zeros(shape, device="meta")}, ValueError, f"{name} is on meta and the")
+            for name, shape in (
+                ("query", (2, 5, 24)),
+                ("input_flatten", (2, N_ROWS, 24)),
+                ("reference_points", (2, 5, 3, 2)),
+            )
+        ),
+        (
+            {"input_spatial_shapes": SHAPES[:2]},
+            ValueError,
+            "input_spatial_shapes is .*, 30 pixels in all; input_flatten has 31 rows",
+        ),
+        (
+            {"input_spatial_shapes": torch.tensor(SHAPES[:2])},
+            ValueError,
+            "input_spatial_shapes is .*, 30 pixels in all; input_flatten has 31 rows",
+        ),
+        (
+            {"input_spatial_shapes": [(31, 1)]},
+            ValueError,
+            "input_spatial_shapes has 1 levels; the layer has n_levels = 3",
+        ),
+        ({"input_padding_mask": META > 0}, ValueError, "input_padding_mask is on meta and"),
+        *(
+            (
+                {"input_spatial_shapes": shapes, "input_level_start_index": STARTS},
+                TypeError,
+                "input_spatial_shapes is .*; it must .* pairs of whole numbers",
+            )
+            for shapes in (None, "ab", [(4, 6), (2,)])
+        ),
+        ({"input_level_start_index": [0, 24, 30]}, TypeError, "input_level_start_index is list"),
+        ({"input_level_start_index": "foo"}, TypeError, "start_index is str; it must be a tensor"),
+        ({"input_level_start_index": STARTS.int()}, TypeError, "start_index is torch.int32"),
+        ({"input_level_start_index": STARTS.to("meta")}, ValueError, "start_index is on meta"),
+        ({"input_level_start_index": STARTS[:2]}, ValueError, r"start_index .* must be \[3\]"),
         ({"input_padding_mask": torch.zeros(2, N_ROWS)}, TypeError, "must be a bool tensor"),
         ({"input_padding_mask": torch.zeros(2, 3) > 0}, ValueError, r"must be \[2, 31\]"),
         ({"input_level_start_index": torch.tensor([0, 1, 2])}, ValueError, r"\[0, 24, 30\]"),

@@ -138,9 +138,9 @@ BAD = {
     "bags": (
         {"key_ragged": KEYS.select([0])},
         ValueError,
-        "query_ragged has 2 bags, the other arguments 1; they must have the same number",
+        "query holds 2 bags, the other arguments 1; they must have the same number",
     ),
-    "one bag": ({"key_ragged": None}, ValueError, "query_ragged has 2 bags, the other arguments 1"),
+    "one bag": ({"key_ragged": None}, ValueError, "query holds 2 bags, the other arguments 1"),
     "not ragged": (
         {"key_ragged": [4, 5]},
         TypeError,

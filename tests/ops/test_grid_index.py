@@ -166,6 +166,10 @@ def test_cells_of_patches() -> None:
         grid.cells(Ragged.from_lengths([9]))
     with pytest.raises(ValueError, match="bag 0 of the grid shows rows outside its range"):
         grid.cells(OVERLAPPING._replace(lengths=OVERLAPPING.lengths // 2))
+    with pytest.raises(TypeError, match=r"ragged is NoneType; it must be a survfuse\.Ragged"):
+        grid.cells(None)
+    with pytest.raises(ValueError, match=r"ragged\.starts is on meta and the grid on cpu"):
+        grid.cells(OVERLAPPING.to("meta"))
 
 
 def test_one_bag_of_many() -> None:
@@ -174,6 +178,9 @@ def test_one_bag_of_many() -> None:
         one = grid.select(b)
         assert as_dicts(one) == [as_dicts(grid)[b]]
         one.check(9)
+    for b in (-1, 4):
+        with pytest.raises(ValueError, match=f"bag is {b}; the grid has 4, numbered from 0"):
+            grid.select(b)
 
 
 @pytest.mark.parametrize("shift", [0, -(2**40), 2**60])
@@ -200,6 +207,9 @@ def test_corners_far_from_zero_lose_nothing(shift: int) -> None:
             TypeError,
             "patch_size is '256'; it must be a number, or one for each bag",
         ),
+        ({"patch_size": True}, TypeError, "patch_size is True; it must be a number"),
+        ({"patch_size": 1e-300}, ValueError, r"span 1e\+300 x 1e\+300 cells"),
+        ({"coords": torch.zeros(3, 2, device="meta")}, ValueError, "coords is on meta; it must"),
         ({"patch_size": [1, 1]}, ValueError, r"patch_size has shape \(2,\); .* one number or 1"),
         ({"patch_size": torch.ones(1, 1)}, ValueError, r"patch_size has shape \(1, 1\)"),
         ({"patch_size": [torch.nan]}, ValueError, "patch_size of bag 0 is nan"),
@@ -223,6 +233,11 @@ def test_corners_far_from_zero_lose_nothing(shift: int) -> None:
             {"coords": torch.tensor([[0, 0], [2**20, 2**20], [1, 1]])},
             ValueError,
             r"bag 0 span 1048577 x 1048577 cells; .* Row 1 lies farthest out",
+        ),
+        (
+            {"coords": torch.tensor([[-(2**62), 0], [2**63 - 1, 0], [5 - 2**62, 0]])},
+            ValueError,
+            r"bag 0 span 1 x 1.38350580552822e\+19 cells; .* Row 1 lies farthest out",
         ),
         (
             {"coords": torch.tensor([[0, 0], [0, 2**62], [2, 2]])},

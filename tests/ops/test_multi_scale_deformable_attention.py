@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.utils
@@ -302,9 +303,23 @@ def test_double_backward_raises_with_a_hint_and_works_on_reference() -> None:
 def test_shapes_as_pairs_or_as_a_tensor() -> None:
     call = make_call(CASES[0]).to(torch.float32)
     expected = call.run(None)
-    for shapes in (torch.tensor(call.shapes), [list(pair) for pair in call.shapes]):
+    numbers = np.array(call.shapes, dtype=np.int32)
+    pairs = [list(pair) for pair in call.shapes]
+    for shapes in (torch.tensor(call.shapes), pairs, numbers, [tuple(pair) for pair in numbers]):
         out = ops.multi_scale_deformable_attention(spatial_shapes=shapes, **call.tensors)
         assert torch.equal(out, expected)
+
+
+def test_meta_tensors_tell_the_shape_but_to_the_reference() -> None:
+    call = make_call(CASES[0]).to(torch.float32)
+    moved = {name: tensor.to("meta") for name, tensor in call.tensors.items()}
+    for shapes in (call.shapes, torch.tensor(call.shapes, device="meta")):
+        out = ops.multi_scale_deformable_attention(spatial_shapes=shapes, **moved)
+        assert out.shape == call.run(None).shape
+        with pytest.raises(RuntimeError, match=r"'reference' cannot serve .* meta hold no numbers"):
+            ops.multi_scale_deformable_attention(
+                spatial_shapes=shapes, **moved, backend="reference"
+            )
 
 
 def test_logits_may_come_flat() -> None:
@@ -342,6 +357,12 @@ def _refused(**changed) -> dict:
         ({"spatial_shapes": torch.zeros(3, 2)}, TypeError, "must be int64"),
         ({"spatial_shapes": [(5.0, 7.0), (3, 4), (2, 2)]}, TypeError, "whole numbers"),
         ({"spatial_shapes": [(5, 7), (3,)]}, TypeError, "pairs of whole numbers"),
+        ({"spatial_shapes": [(True, True)]}, TypeError, "pairs of whole numbers"),
+        (
+            {"spatial_shapes": torch.zeros(3, 2, dtype=torch.int64, device="meta")},
+            ValueError,
+            "spatial_shapes is on meta and value on cpu; it must hold numbers",
+        ),
         ({"spatial_shapes": torch.zeros(3, dtype=torch.int64)}, ValueError, r"must be \[L, 2\]"),
         ({"spatial_shapes": []}, ValueError, "L at least 1"),
         (
@@ -352,12 +373,12 @@ def _refused(**changed) -> dict:
         (
             {"sampling_locations": torch.zeros(2, 9, 2, 3, 3, 2, dtype=torch.float64)},
             TypeError,
-            "must be torch.float32 beside a value of torch.float32",
+            "must be torch.float32 beside a value of torch.float32$",
         ),
         (
             {"sampling_locations": torch.zeros(2, 9, 2, 2, 3, 2)},
             ValueError,
-            r"must be \[2, Q, 2, 3, P, 2\]",
+            r"must be \[2, Q, 2, 3, P, 2\], with the levels of spatial_shapes",
         ),
         ({"sampling_locations": torch.zeros(2, 9, 2, 3, 0, 2)}, ValueError, "P must be at least 1"),
         (
@@ -375,12 +396,20 @@ def test_refusals(changed: dict, error: type, message: str, backend: str | None)
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
-        ({"reference_points": torch.zeros(2, 9, 3, 3)}, ValueError, r"must be \[2, 9, 3, 2\]"),
+        (
+            {"reference_points": torch.zeros(2, 9, 3, 3)},
+            ValueError,
+            r"must be \[2, 9, 3, 2\], or hold 4 numbers each for boxes",
+        ),
         ({"reference_points": torch.zeros(2, 8, 3, 4)}, ValueError, r"must be \[2, 9, 3, 4\]"),
         ({"reference_points": torch.zeros(2, 9, 3, 2).half()}, TypeError, "reference_points is"),
         ({"sampling_offsets": torch.zeros(2, 9, 2, 3, 3, 2).half()}, TypeError, "sampling_offsets"),
         ({"attention_logits": torch.zeros(2, 9, 2, 8)}, ValueError, r"must be \[2, 9, 2, 9\]"),
-        ({"attention_logits": torch.zeros(2, 9, 2)}, ValueError, r"must be \[2, 9, 2, 3, 3\]"),
+        (
+            {"attention_logits": torch.zeros(2, 9, 2)},
+            ValueError,
+            r"must be \[2, 9, 2, 3, 3\], or flat \[B, Q, H, L \* P\]",
+        ),
     ],
 )
 def test_refusals_of_offsets(changed: dict, error: type, message: str) -> None:
@@ -397,5 +426,9 @@ def test_backends_that_cannot_serve_say_why() -> None:
         call.run("triton")
     with pytest.raises(ValueError, match="must be None or one of"):
         call.run("mmcv")
-    chosen = ops.selected_backend("multi_scale_deformable_attention", call.tensors["value"])
-    assert chosen.backend == ("tiled" if native_core() is None else "native")
+    for name in (
+        "multi_scale_deformable_attention",
+        "multi_scale_deformable_attention_from_offsets",
+    ):
+        chosen = ops.selected_backend(name, call.tensors["value"])
+        assert chosen.backend == ("tiled" if native_core() is None else "native")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -33,20 +34,34 @@ def arguments(**replaced) -> dict:
         ({"key": torch.zeros(M, H, D)}, ValueError, r"key has shape .* must be \[B, M, H, d\]"),
         ({"key": torch.zeros(B, M, H, 0)}, ValueError, "key .* needs a head and a channel"),
         ({"query": torch.zeros(B, L, H, D + 1)}, ValueError, r"query .* must be \[B, Lq, 2, 8\]"),
-        ({"query": torch.zeros(B + 1, L, H, D)}, ValueError, "query_ragged has 3 bags"),
+        ({"query": torch.zeros(3)}, ValueError, r"be \[T, 2, 8\], or dense \[B, Lq, H, d\]"),
+        (
+            {"query": torch.zeros(L, H, D), "query_pos": torch.zeros(L, 2)},
+            ValueError,
+            r"query holds 1 bags, .* same number; without query_ragged, packed rows are one bag",
+        ),
+        (
+            {"query": torch.zeros(B + 1, L, H, D)},
+            ValueError,
+            "query holds 3 bags, the other arguments 2; they must have the same number$",
+        ),
         ({"value": torch.zeros(B, M + 1, H, D)}, ValueError, r"value .* must be \[2, 7, 2, dv\]"),
         ({"value": torch.zeros(B, M, H, D).half()}, TypeError, "value is torch.float16 and key"),
         ({"query": torch.zeros(B, L, H, D).double()}, TypeError, "query is torch.float64 and key"),
         ({"query_pos": torch.zeros(B, L, 3)}, ValueError, r"query_pos .* must be \[2, 5, 2\]"),
         ({"query_pos": torch.zeros(L + 1, 2)}, ValueError, r"query_pos .* must be \[5, 2\]"),
         ({"query_pos": torch.zeros(B, L, 2).half()}, TypeError, "query_pos is .* 16 bits lose"),
-        ({"key_pos": torch.zeros(B, G, M, 2).double()}, TypeError, "key_pos .* be torch.float32"),
+        (
+            {"key_pos": torch.zeros(B, G, M, 2).double()},
+            TypeError,
+            r"key_pos .* be torch.float32 beside a key of torch.float32$",
+        ),
         ({"key_pos": torch.zeros(B, 3, M, 2)}, ValueError, "key_pos .* 3 groups must divide the 2"),
         ({"key_pos": torch.zeros(B, 0, M, 2)}, ValueError, "key_pos .* 0 groups must divide"),
         ({"key_pos": torch.zeros(B, M, 2)}, ValueError, r"key_pos .* must be \[2, G, 7, 2\]"),
         ({"mlp": None}, TypeError, "mlp is NoneType; it must be a tuple"),
         ({"mlp": ()}, TypeError, "mlp is empty; it must be a tuple"),
-        ({"mlp": (MLP[0], MLP[1][0])}, TypeError, r"mlp\[1\] is tensor.* must be a pair"),
+        ({"mlp": (MLP[0], MLP[1][0])}, TypeError, r"mlp\[1\] is Tensor; it must be a pair"),
         ({"mlp": (MLP[0], (*MLP[1], 1))}, TypeError, r"mlp\[1\] is 3 of them; it must be a pair"),
         ({"mlp": (MLP[1],)}, ValueError, r"mlp\[0\] weight .* must be \[out, 2\]"),
         ({"mlp": (MLP[0],)}, ValueError, r"mlp\[0\] weight .* one output for each head"),
@@ -71,6 +86,40 @@ def arguments(**replaced) -> dict:
 def test_wrong_arguments_are_named(changed: dict, error, words: str) -> None:
     with pytest.raises(error, match=words):
         ops.position_biased_attention(**arguments(**changed))
+
+
+@pytest.mark.parametrize("bias", ["exact", "table"])
+def test_meta_tensors_tell_the_shape(bias: str) -> None:
+    moved = {name: t.to("meta") for name, t in arguments().items() if name != "mlp"}
+    mlp = [(weight.to("meta"), shift.to("meta")) for weight, shift in MLP]
+    out = ops.position_biased_attention(**moved, mlp=mlp, bias=bias)
+    assert out.is_meta
+    assert out.shape == (B, L, H, D)
+    with pytest.raises(RuntimeError, match=r"'reference' cannot serve .* meta hold no numbers"):
+        ops.position_biased_attention(**moved, mlp=mlp, bias=bias, backend="reference")
+
+
+@pytest.mark.parametrize(
+    ("position", "bias", "finite"),
+    [
+        (torch.nan, "exact", False),
+        (torch.nan, "table", False),
+        (torch.inf, "table", True),
+    ],
+)
+@pytest.mark.parametrize("backend", [None, "reference", "tiled"])
+def test_positions_that_are_not_finite(position, bias, finite, backend) -> None:
+    call = make(EXACT_CASES[0]).to(torch.float32)
+    call.tensors["key_pos"].data[:, :, 0, 0] = position
+    out = call.run(backend, bias=bias)[0]
+    assert bool(out.isfinite().all()) == finite
+    assert bool(out.isnan().all()) != finite
+
+
+def test_a_numpy_integer_is_a_table_size() -> None:
+    sizes = (8, np.int64(8), np.int32(8))
+    outs = [ops.position_biased_attention(**arguments(bias="table", table_size=n)) for n in sizes]
+    assert all(torch.equal(out, outs[0]) for out in outs)
 
 
 @pytest.mark.parametrize("backend", [None, "reference", "tiled"])
@@ -101,3 +150,5 @@ def test_which_backend_would_run() -> None:
         selected_backend("position_biased_attention", *tensors, backend="tiled").backend == "tiled"
     )
     assert selected_backend("position_biased_attention", *tensors).backend in ("native", "tiled")
+    with pytest.raises(TypeError, match="key is list; it must be a tensor"):
+        selected_backend("position_biased_attention", tensors[0], [1], tensors[2])
