@@ -68,6 +68,10 @@ class Recorder:
             parameter.name for parameter in self.kernel.params if parameter.do_not_specialize
         }
         signature, constants, attributes = {}, {}, {}
+        unknown = keywords.keys() - set(names) - set(OPTIONS)
+        assert not unknown, f"{self.name} takes no {sorted(unknown)}"
+        assert not set(names[: len(args)]) & keywords.keys()
+        assert len(args) <= len(names)
         values = dict(zip(names, args))
         values.update({k: v for k, v in keywords.items() if k not in OPTIONS})
         for i, name in enumerate(names):
