@@ -12,6 +12,7 @@ from survfuse.triton_kernels import position_biased_attention
 from survfuse.triton_kernels.pool_bag_shapes import Limits
 
 from survfuse.attention import Attended
+from survfuse.ops.position_bias import triton_shared_bytes
 from survfuse.position_bias import PositionBias, PositionedAttention, PositionedNeeds
 
 # bytes on sm_90: three layers of 64 units, and in fp32 both TF32 halves of an operand, leave too
@@ -52,6 +53,9 @@ class Case:
 
 def record(case: Case, limits: Limits) -> list[Launch]:
     """Every launch of a forward, of all gradients and of those of a layer."""
+    hidden = (case.depth, case.width) if case.depth else None
+    if not case.hip and triton_shared_bytes(case.dtype, hidden) > limits.shared_bytes:
+        return []  # the op does not ask for it there
     n_bags, n_queries, n_keys, groups = 2, 1000, 144, 2
     heads = groups * case.per_group
     query = torch.empty(n_bags * n_queries, heads, case.dim, dtype=case.dtype)

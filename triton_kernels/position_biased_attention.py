@@ -235,6 +235,7 @@ class _Call(NamedTuple):
             width=self.bias.width,
             depth=self.bias.depth,
             dropout=self.attention.dropout_p > 0,
+            shared_bytes=pool_bag_shapes.device_limits(self.key.device).shared_bytes,
         )
 
     def tiles(self, blocks: dict[str, int]) -> int:

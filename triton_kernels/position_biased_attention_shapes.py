@@ -19,6 +19,7 @@ class Problem(NamedTuple):
     width: int  # of the MLP; 0 with a table
     depth: int
     dropout: bool
+    shared_bytes: int  # that a program may have
 
     @property
     def half(self) -> bool:
@@ -84,8 +85,9 @@ def key_launches(problem: Problem) -> list[Launch]:
     features = Launch(True, False, 0, many if problem.wide else few)
     if problem.half and problem.units <= 128:
         return [features, Launch(False, True, 3, many)]
-    # three layers of fp32 would not stay in shared memory
-    large = not problem.half and problem.units > 128
+    # of both TF32 halves: two or three layers of 64 units may take more than a device has
+    needed = 0 if problem.half else {128: 180, 192: 280}.get(problem.units, 0) * 2**10
+    large = needed > problem.shared_bytes
     sums = _blocks(problem, warps=4, turns=4) if large else many
     parts = [Launch(False, False, adds, sums) for adds in ((1, 2) if problem.depth > 1 else (1,))]
     return [features, Launch(False, True, 0, many), *parts]

@@ -211,6 +211,25 @@ def _obstacle(backend, built, device, dtype, head_dim, hidden) -> str | None:
                 f"its mlp has {depth} hidden layers of up to {width} units, kernels serve 1 to "
                 f"{_MAX_KERNEL_DEPTH} of up to {_MAX_KERNEL_WIDTH}"
             )
-    if backend == "triton" and head_dim > _MAX_TRITON_HEAD:
+    if backend != "triton":
+        return None
+    if head_dim > _MAX_TRITON_HEAD:
         return f"heads have {head_dim} channels, Triton's hold {_MAX_TRITON_HEAD}"
+    needed = triton_shared_bytes(dtype, hidden)
+    if device.type == "cuda" and torch.version.hip is None and needed > _shared_bytes(device):
+        return (
+            f"an fp32 mlp of {hidden[0]} layers of {hidden[1]} units takes {needed // 2**10} KB of "
+            f"shared memory, this GPU has {_shared_bytes(device) // 2**10}; 16 bits take less"
+        )
     return None
+
+
+def triton_shared_bytes(dtype: torch.dtype, hidden: tuple[int, int] | None) -> int:
+    """What Triton's kernels take at most of what a block may have, where that is much; else 0."""
+    if dtype != torch.float32 or hidden is None or hidden[1] <= 32:
+        return 0
+    return {1: 0, 2: 128 * 2**10, 3: 224 * 2**10}[hidden[0]]
+
+
+def _shared_bytes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin

@@ -66,7 +66,7 @@ def test_every_layout(name: str, warps: int, turns: int, monkeypatch: pytest.Mon
 
     made = shapes._blocks
     monkeypatch.setattr(shapes, "_blocks", blocks)
-    problem = shapes.Problem(torch.bfloat16, 8, 8, 16, 1, dropout=False)
+    problem = shapes.Problem(torch.bfloat16, 8, 8, 16, 1, dropout=False, shared_bytes=232448)
     once = [shapes.Launch(True, True, 3, shapes.key_launches(problem)[0].blocks)]
     monkeypatch.setattr(shapes, "key_launches", lambda _: once)
     check_budget(SMALL[name], "triton", DEVICE)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from survfuse import Ragged, ops
+from survfuse.ops import position_bias
 from survfuse.ops.selection import selected_backend
 from tests.ops.position_biased import EXACT_CASES, Case, make
 
@@ -152,3 +153,30 @@ def test_which_backend_would_run() -> None:
     assert selected_backend("position_biased_attention", *tensors).backend in ("native", "tiled")
     with pytest.raises(TypeError, match="key is list; it must be a tensor"):
         selected_backend("position_biased_attention", tensors[0], [1], tensors[2])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hidden", "backend"),
+    [
+        (torch.float32, (3, 64), "tiled"),
+        (torch.float32, (2, 64), "triton"),
+        (torch.float32, (3, 32), "triton"),
+        (torch.bfloat16, (3, 64), "triton"),
+    ],
+)
+def test_a_gpu_with_little_shared_memory(
+    dtype: torch.dtype, hidden: tuple[int, int], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(position_bias, "backend_obstacle", lambda *_, **__: None)
+    monkeypatch.setattr(position_bias, "_shared_bytes", lambda _: 163 * 2**10)
+    selection = position_bias.select_biased_backend(
+        None,
+        ("tiled", "triton"),
+        device=torch.device("cuda"),
+        dtype=dtype,
+        head_dim=64,
+        hidden=hidden,
+    )
+    assert selection.backend == backend
+    if backend == "tiled":
+        assert "takes 224 KB of shared memory, this GPU has 163" in selection.reason
