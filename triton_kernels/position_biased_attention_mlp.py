@@ -198,8 +198,8 @@ def empty_sums(
     SIZE: tl.constexpr, WIDTH: tl.constexpr, N_WARPS: tl.constexpr, dtype: tl.constexpr
 ):  # fmt: skip
     """Of gradients of the parameters: those of the first layer by x, y and 1 and of the biases of
-    the second and third, as `_own_sums`; of these layers' weights, as `_widen`. Where the last
-    layer's weight would be a factor, in the uppermost, it is left out."""
+    the second and third, as `_own_sums`; of these layers' weights, as `_add_over_pairs`. Where the
+    last layer's weight would be a factor, in the uppermost, it is left out."""
     STRIPS: tl.constexpr = SIZE // 16
     C: tl.constexpr = N_WARPS if N_WARPS < STRIPS else STRIPS
     vector = tl.zeros((C, 8, WIDTH), tl.float32)
@@ -391,7 +391,7 @@ def _gradient_of_last(
 
 @triton.jit
 def _store_layer(to, square, shift, factor, WIDTH: tl.constexpr):
-    """Write a hidden layer's gradients."""
+    """Write a hidden layer's gradients, times a factor [WIDTH] of its units."""
     offs = tl.arange(0, WIDTH)
     square = _whole(square, WIDTH) * factor[:, None]
     tl.store(to + offs[:, None] * WIDTH + offs[None, :], square)
