@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from survfuse.ops import position_bias
 from tests.ops.position_biased import (
     EXACT_CASES,
     TABLE_CASES,
@@ -54,6 +55,25 @@ def _deterministic_with_nan_in_fresh_memory() -> Iterator[None]:
 @EACH_CASE
 def test_results_and_gradients_within_budget(case: Case) -> None:
     check_budget(case, "triton", DEVICE)
+
+
+@pytest.mark.parametrize(
+    "name", ["one hidden layer", "two hidden layers", "three hidden layers", "heads share groups"]
+)
+def test_fp16_within_budget(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its launches are those of 16 bits. The interpreter, refused for these since bf16 is wrong in
+    it, forms fp16 products as it should."""
+    monkeypatch.setattr(position_bias, "backend_obstacle", lambda *_, **__: None)
+    made, outs = make(SMALL[name]), []
+    for dtype, backend in (
+        (torch.float64, "reference"),
+        (torch.float16, "reference"),
+        (torch.float16, "triton"),
+    ):
+        call = made.to(dtype, DEVICE)
+        outs.append(differentiate(call, call.run(backend)))
+    for label, exact, plain, got in zip(names(made), *outs, strict=True):
+        assert_within_budget(label, got, plain, exact, torch.float16)
 
 
 @pytest.mark.parametrize(("warps", "turns"), [(4, 1), (4, 4), (8, 2)])
