@@ -47,7 +47,7 @@ def bench_healnet(measure, device: str, n_rows: int, mode: str) -> None:
         ours, plain = make_models(dim, device, dtype)
         inputs = {"slides": BagBatch(bag.to(dtype), ragged, present)}
         suffix = "" if dtype == torch.float32 else ", bf16"
-        ways["survfuse" + suffix] = lambda m=ours, i=inputs: (m, m(i).logits)
+        ways["survfuse" + suffix] = lambda m=ours, i=inputs: (m, m(i).logits["survival"])
         ways["plain torch" + suffix] = lambda m=plain, i=inputs: (m, m(i))
 
     def run(way) -> object:

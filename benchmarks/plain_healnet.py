@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from survfuse.batch import BagBatch, TableBatch
+from survfuse.models.heads import TaskHeads
 from survfuse.models.healnet_config import HEALNetConfig
 
 _ATTENTION = ("softmax", "sdpa")
@@ -35,7 +36,7 @@ class PlainHEALNet(nn.Module):
         super().__init__()
         if attention not in _ATTENTION:
             raise ValueError(f"attention is {attention!r}; it must be one of {_ATTENTION}")
-        if config.latent_blocks or config.weight_sharing == "after_first" or not config.out_dims:
+        if config.latent_blocks or config.weight_sharing == "after_first" or not config.outputs:
             raise ValueError(
                 "the plain baseline has no latent blocks and a readout; weight_sharing must be "
                 "'all_layers' or 'none'"
@@ -49,12 +50,10 @@ class PlainHEALNet(nn.Module):
         self.latents = nn.Parameter(torch.randn(config.n_latents, config.latent_dim))
         n_sets = 1 if config.weight_sharing == "all_layers" else config.depth
         self.layers = nn.ModuleList(_PlainLayer(config) for _ in range(n_sets))
-        self.readout = nn.Sequential(
-            nn.LayerNorm(config.latent_dim), nn.Linear(config.latent_dim, config.out_dims)
-        )
+        self.readout = TaskHeads(config.latent_dim, config.outputs, norm=True)
 
     def forward(self, inputs: Mapping[str, BagBatch | TableBatch]) -> Tensor:
-        """Logits [B, out_dims]; every modality present for every sample."""
+        """Logits of the first task [B, out]; every modality present for every sample."""
         contexts = {name: self._contexts(name, inputs[name]) for name in self.config.modalities}
         n_samples = len(next(iter(contexts.values())))
         means = []
@@ -66,7 +65,7 @@ class PlainHEALNet(nn.Module):
                     x = x + layer.attention[m](x, context[b], self.config, self.attention)
                     x = x + layer.feed_forward[m](x, self.config)
             means.append(x.mean(0))
-        return self.readout(torch.stack(means))
+        return next(iter(self.readout(torch.stack(means)).values()))
 
     def _contexts(self, name: str, batch: BagBatch | TableBatch) -> list[Tensor]:
         """[N_b, C] per sample, encoded by a concatenation as the public code does."""

@@ -72,7 +72,8 @@ Modality = BagBatch | TableBatch | ArrayBatch | GraphBatch
 class ModelOutput(NamedTuple):
     """What every model returns."""
 
-    logits: Tensor  # [B, out]: hazard logits, a Cox log-risk, or class logits
+    # by task [B, out]: hazard logits, a Cox log-risk, class logits, continuation logits of levels
+    logits: dict[str, Tensor]
     embeddings: dict[str, Tensor]
     auxiliary: dict[str, Tensor]  # further losses by name, already weighted
 

@@ -147,7 +147,8 @@ def _healnet(bag: Tensor) -> Callable[[], list[Tensor]]:
     """A training step of HEALNet's paper preset on the bag."""
     from survfuse.batch import BagBatch
     from survfuse.models.healnet import HEALNet
-    from survfuse.models.healnet_config import HEALNetConfig, ModalityConfig
+    from survfuse.models.healnet_config import HEALNetConfig
+    from survfuse.models.settings import ModalityConfig
     from survfuse.ragged import Ragged
 
     torch.manual_seed(0)
@@ -157,7 +158,7 @@ def _healnet(bag: Tensor) -> Callable[[], list[Tensor]]:
 
     def step() -> list[Tensor]:
         model.zero_grad(set_to_none=True)
-        logits = model({"slides": batch}).logits
+        logits = model({"slides": batch}).logits["survival"]
         logits.sum().backward()
         return [logits.detach()]
 

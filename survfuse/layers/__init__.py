@@ -12,6 +12,7 @@ from survfuse.layers.multi_scale_deformable_attention import (
     MSDeformAttnFunction,
     MultiScaleDeformableAttention,
 )
+from survfuse.layers.self_normalizing_network import SelfNormalizingNetwork
 
 __all__ = [
     "BagCrossAttention",
@@ -23,4 +24,5 @@ __all__ = [
     "LatentSelfAttention",
     "MSDeformAttnFunction",
     "MultiScaleDeformableAttention",
+    "SelfNormalizingNetwork",
 ]

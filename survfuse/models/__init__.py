@@ -1,6 +1,19 @@
 """Survival models, one family per stem."""
 
+from survfuse.models.base import FusionModel
 from survfuse.models.healnet import HEALNet
-from survfuse.models.healnet_config import HEALNetConfig, ModalityConfig
+from survfuse.models.healnet_config import HEALNetConfig
+from survfuse.models.mean_pool import MeanPool, MeanPoolConfig
+from survfuse.models.registry import MODELS, model_class
+from survfuse.models.settings import ModalityConfig
 
-__all__ = ["HEALNet", "HEALNetConfig", "ModalityConfig"]
+__all__ = [
+    "MODELS",
+    "FusionModel",
+    "HEALNet",
+    "HEALNetConfig",
+    "MeanPool",
+    "MeanPoolConfig",
+    "ModalityConfig",
+    "model_class",
+]

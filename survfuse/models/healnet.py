@@ -7,32 +7,37 @@ What the two say differently, and the presets that follow each, are listed in do
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from survfuse.batch import Modality, ModelOutput, TableBatch
+from survfuse.batch import Modality, ModelOutput
 from survfuse.layers.feed_forward import GatedFeedForward
 from survfuse.layers.latent_attention import (
     BagCrossAttention,
     LatentSelfAttention,
     zero_gradients,
 )
+from survfuse.models.base import FusionModel, evaluating
+from survfuse.models.heads import TaskHeads
 from survfuse.models.healnet_config import HEALNetConfig
-from survfuse.models.healnet_inputs import Tokens, encode_inputs
 from survfuse.models.healnet_released import convert_released, released_config
+from survfuse.models.inputs import PositionEncoding, Tokens, encode_inputs
 
 __all__ = ["HEALNet"]
 
 
-class HEALNet(nn.Module):
+class HEALNet(FusionModel):
     """Latents `[n_latents, latent_dim]` updated by every modality in every fusion layer.
 
     Per layer and modality, with residuals: cross-attention of the latents to the modality's tokens,
     a gated feed-forward, and optionally self-attention blocks among the latents. The mean latent is
     normalised and projected to the logits.
+
+    `gradient_importance` is the only importance per column of a table that is one token, because
+    its attention weight is always 1; a table of features has `attention_maps` as well.
 
     A modality that is absent for a sample changes nothing in that sample's latents, in training and
     in evaluation; a sample without any modality gets the readout of the learned latents.
@@ -49,9 +54,12 @@ class HEALNet(nn.Module):
         >>> from survfuse.batch import TableBatch
         >>> config = HEALNetConfig.from_preset("paper", modalities={"rna": ("table", 8)})
         >>> rna = TableBatch(torch.zeros(3, 8), torch.tensor([True, True, False]))
-        >>> HEALNet(config)({"rna": rna}).logits.shape
+        >>> HEALNet(config)({"rna": rna}).logits["survival"].shape
         torch.Size([3, 4])
     """
+
+    config_class: ClassVar[type] = HEALNetConfig
+    config: HEALNetConfig
 
     def __init__(self, config: HEALNetConfig) -> None:
         if not isinstance(config, HEALNetConfig):
@@ -74,13 +82,10 @@ class HEALNet(nn.Module):
             )
             for i in range(n_sets[config.weight_sharing])
         )
-        self.readout = (
-            nn.Sequential(
-                nn.LayerNorm(config.latent_dim), nn.Linear(config.latent_dim, config.out_dims)
-            )
-            if config.out_dims is not None
-            else None
+        self.positions = (
+            PositionEncoding(config.fourier_bands, config.max_frequency) if config.fourier else None
         )
+        self.readout = TaskHeads(config.latent_dim, config.outputs, norm=bool(config.outputs))
 
     def forward(self, inputs: Mapping[str, Modality]) -> ModelOutput:
         """Logits of a batch.
@@ -90,18 +95,16 @@ class HEALNet(nn.Module):
                 all of them, or left out.
 
         Returns:
-            logits [B, out_dims]; embeddings "latents" [B, latent_dim], their mean, and
-            "latent_array" [B, n_latents, latent_dim]. Without a readout the logits are the latent
-            array.
+            logits by task; embeddings "latents" [B, latent_dim], their mean, and "latent_array"
+            [B, n_latents, latent_dim].
 
         Raises:
             ValueError, TypeError: the inputs do not fit the configuration.
         """
-        tokens, n_samples = encode_inputs(inputs, self.config)
+        tokens, n_samples = encode_inputs(inputs, self.config.modalities, self.positions)
         latents = self._fuse(tokens, n_samples)
         mean = latents.mean(1)
-        logits = latents if self.readout is None else self.readout(mean)
-        return ModelOutput(logits, {"latents": mean, "latent_array": latents}, {})
+        return ModelOutput(self.readout(mean), {"latents": mean, "latent_array": latents}, {})
 
     def _fuse(
         self,
@@ -133,64 +136,20 @@ class HEALNet(nn.Module):
             1 in every layer, and are 0 where it lacks the modality. A modality that `inputs` does
             not hold, and bags or graphs without any row, are left out.
         """
-        with _evaluating(self):
-            tokens, n_samples = encode_inputs(inputs, self.config)
+        with evaluating(self):
+            tokens, n_samples = encode_inputs(inputs, self.config.modalities, self.positions)
             maps: dict[str, list[Tensor]] = {}
             self._fuse(tokens, n_samples, maps)
         return {name: torch.stack(maps[name]) for name in tokens}
 
-    @torch.no_grad()
-    def modality_effect(
-        self, inputs: Mapping[str, Modality], *, score: Callable[[Tensor], Tensor]
-    ) -> dict[str, Tensor]:
-        """Change of a score caused by each modality: with it minus with it withheld.
-
-        Args:
-            inputs: as for `forward`.
-            score: logits [B, out] to [B], such as `survfuse.training.risk_from_hazards`.
-
-        Returns:
-            By modality [B]; 0 where the sample lacks it.
-        """
-        with _evaluating(self):
-            full = score(self(inputs).logits)
-            effects = {}
-            for name, batch in inputs.items():
-                # withheld by its mask: the rest of the batch is the very same
-                withheld = _withhold(batch)
-                effects[name] = full - score(self({**inputs, name: withheld}).logits)
-        return effects
-
-    def gradient_importance(
-        self, inputs: Mapping[str, Modality], name: str, *, score: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """Gradient of a score times the input, per column of a table.
-
-        The only per-column importance of a table that is one token, because its attention weight
-        is always 1; a table of features has `attention_maps` as well.
-
-        Args:
-            inputs: as for `forward`.
-            name: a table.
-            score: logits [B, out] to [B].
-
-        Returns:
-            [B, F], zero where the sample lacks the table.
-
-        Raises:
-            ValueError: `name` is not a table of `inputs`.
-        """
-        if not isinstance(inputs.get(name), TableBatch):
-            tables = [key for key, batch in inputs.items() if isinstance(batch, TableBatch)]
-            raise ValueError(f"name is {name!r}; it must be one of the tables in inputs: {tables}")
-        with _evaluating(self), torch.enable_grad():
-            values = inputs[name].values.detach().requires_grad_()
-            batch = inputs[name]._replace(values=values)
-            total = score(self({**inputs, name: batch}).logits).sum()
-            (gradient,) = torch.autograd.grad(total, values)
-        # by selection: a sample without the table may hold anything in it
-        present = inputs[name].present[:, None]
-        return torch.where(present, gradient * values.detach(), 0.0)
+    def patch_attention(self, inputs: Mapping[str, Modality]) -> dict[str, dict[str, Tensor]]:
+        """The bags and graphs of `attention_maps`, by fusion layer."""
+        kinds = {name: modality.kind for name, modality in self.config.modalities.items()}
+        return {
+            name: {f"layer {i}": weights for i, weights in enumerate(layers)}
+            for name, layers in self.attention_maps(inputs).items()
+            if kinds[name] in ("bag", "graph")
+        }
 
     @classmethod
     def from_released(
@@ -246,7 +205,7 @@ class HEALNet(nn.Module):
             kinds=kinds,
             tied=weight_tie_layers,
             settings={
-                "out_dims": out_dims if final_classifier_head else None,
+                "outputs": {"survival": out_dims} if final_classifier_head else {},
                 "depth": depth,
                 "n_latents": l_c,
                 "latent_dim": l_d,
@@ -363,23 +322,3 @@ class FusionLayer(nn.Module):
             latents = latents + attention(latents)
             latents = latents + feed_forward(latents)
         return latents
-
-
-def _withhold(batch: Modality) -> Modality:
-    if hasattr(batch, "ragged"):
-        none = torch.zeros_like(batch.ragged.lengths)
-        empty = batch.ragged._replace(lengths=none, total=0, max_length=0)
-        batch = batch._replace(ragged=empty)
-    return batch._replace(present=torch.zeros_like(batch.present))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; afterwards every module is in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

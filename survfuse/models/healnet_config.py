@@ -3,64 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from numbers import Real
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, ClassVar
 
 from survfuse.layers.fourier import fourier_channels
+from survfuse.models.settings import (
+    ModalityConfig,
+    check_choice,
+    check_flags,
+    check_integers,
+    check_number,
+    check_positive,
+    check_probabilities,
+    parse_modalities,
+    parse_outputs,
+)
 from survfuse.ops.backends import check_backend
-
-KINDS = ("bag", "table", "array", "graph")
-
-
-@dataclass(frozen=True)
-class ModalityConfig:
-    """One modality of a HEALNet.
-
-    Attributes:
-        kind: "bag" (`BagBatch`), "table" (`TableBatch`), "array" (`ArrayBatch`), "graph"
-            (`GraphBatch`).
-        channels: features per patch, columns of the table, channels of the array, features per
-            node.
-        axes: coordinates that are Fourier encoded and appended to the channels. An array: its
-            spatial axes (at least 1). A bag: 0 none (the order of the patches does not matter and
-            the bag is read in place), 1 the patch's index (released code), 2 the patch's slide
-            coordinates. A table: 0, or 1 for the column's index. A graph: 0.
-        table_tokens: "one" (the row is one token whose channels are the columns, so attention over
-            it is always 1) or "features" (one token per column: its value and its index, encoded).
-        walk_steps: graphs only, number of random-walk return probabilities appended to each node.
-
-    Raises:
-        ValueError: a value is out of range or does not fit the kind.
-    """
-
-    kind: str
-    channels: int
-    axes: int = 0
-    table_tokens: str = "one"
-    walk_steps: int = 0
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"kind is {self.kind!r}; it must be one of {list(KINDS)}")
-        _check_integers(self, {"channels": 1, "axes": 0, "walk_steps": 0})
-        if self.table_tokens not in ("one", "features"):
-            raise ValueError(
-                f"table_tokens is {self.table_tokens!r}; it must be 'one' or 'features'"
-            )
-        if self.kind != "table" and self.table_tokens != "one":
-            raise ValueError(f"table_tokens is 'features' on a {self.kind}; only tables take it")
-        if self.kind != "graph" and self.walk_steps:
-            raise ValueError(f"walk_steps is {self.walk_steps} on a {self.kind}; it must be 0")
-        low, high = {"bag": (0, 2), "table": (0, 1), "array": (1, None), "graph": (0, 0)}[self.kind]
-        if self.axes < low or (high is not None and self.axes > high):
-            allowed = f"at least {low}" if high is None else f"from {low} to {high}"
-            raise ValueError(f"axes is {self.axes} on a {self.kind}; it must be {allowed}")
-        if self.table_tokens == "features" and self.axes == 0:
-            raise ValueError(
-                "axes is 0 with table_tokens 'features'; it must be 1, because without its "
-                "encoded index a column cannot be told from another"
-            )
 
 
 @dataclass(frozen=True)
@@ -69,8 +27,8 @@ class HEALNetConfig:
 
     Attributes:
         modalities: by name, in the order in which they update the latents.
-        out_dims: width of the logits (time bins, or 1 for a Cox risk); None leaves the readout out
-            and the logits are the latents.
+        outputs: number of logits by task (time bins, or 1 for a Cox risk); {} leaves the readout
+            out.
         depth: fusion layers.
         n_latents, latent_dim: shape of the latent array.
         cross_heads, cross_head_dim: heads of the attention to a modality and their size.
@@ -94,8 +52,14 @@ class HEALNetConfig:
         ValueError: names the field, what it was and what it must be.
     """
 
+    PRESETS: ClassVar[tuple[str, ...]] = (
+        "paper",
+        "released",
+        *(f"released:{cohort}" for cohort in ("blca", "brca", "kirp", "ucec")),
+    )
+
     modalities: Mapping[str, ModalityConfig]
-    out_dims: int | None = 4
+    outputs: Mapping[str, int] = field(default_factory=lambda: {"survival": 4})
     depth: int = 2
     n_latents: int = 25
     latent_dim: int = 119
@@ -119,38 +83,22 @@ class HEALNetConfig:
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "modalities", _parse_modalities(self.modalities))
+        object.__setattr__(self, "modalities", parse_modalities(self.modalities))
+        object.__setattr__(self, "outputs", parse_outputs(self.outputs))
         lows = {"depth": 1, "n_latents": 1, "latent_dim": 1, "cross_heads": 1}
         lows |= {"cross_head_dim": 1, "latent_heads": 1, "latent_head_dim": 1}
         lows |= {"latent_blocks": 0, "fourier_bands": 0}
-        if self.out_dims is not None:
-            lows["out_dims"] = 1
-        _check_integers(self, lows)
-        choices = {
-            "weight_sharing": ("all_layers", "after_first", "none"),
-            "activation": ("selu", "gelu"),
-            "latent_init": ("uniform", "normal"),
-            "absorb": ("auto", "always", "never"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; it must be one of {list(allowed)}"
-                )
+        check_integers(self, lows)
+        check_choice(self, "weight_sharing", ("all_layers", "after_first", "none"))
+        check_choice(self, "activation", ("selu", "gelu"))
+        check_choice(self, "latent_init", ("uniform", "normal"))
+        check_choice(self, "absorb", ("auto", "always", "never"))
         check_backend(self.backend)
-        for name in ("fourier", "latent_blocks_when_absent"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be True or False")
+        check_flags(self, "fourier", "latent_blocks_when_absent")
         if self.output_slope is not None:
-            _check_number(self, "output_slope")
-        for name in ("attention_dropout", "ff_dropout"):
-            _check_number(self, name)
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
-        for name in ("temperature", "max_frequency"):
-            _check_number(self, name)
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be greater than 0")
+            check_number(self, "output_slope")
+        check_probabilities(self, "attention_dropout", "ff_dropout")
+        check_positive(self, "temperature", "max_frequency")
         for name, modality in self.modalities.items():
             if modality.table_tokens == "features" and not self.fourier:
                 raise ValueError(
@@ -174,55 +122,36 @@ class HEALNetConfig:
         cls,
         name: str,
         *,
-        modalities: Mapping[str, ModalityConfig | tuple[str, int]],
-        cohort: str | None = None,
-        out_dims: int | None = 4,
+        modalities: Mapping[str, ModalityConfig | tuple],
+        outputs: Mapping[str, int] | None = None,
         absorb: str = "auto",
         backend: str | None = None,
     ) -> HEALNetConfig:
         """The configuration of the paper or of the released code.
 
         Args:
-            name: "paper", or "released" for what the public code v0.1.0 computes.
+            name: "paper"; "released" for what the public code v0.1.0 computes with the defaults of
+                its constructor; "released:kirp" (blca, brca, kirp, ucec) with the released
+                hyper-parameters of that cohort.
             modalities: a `ModalityConfig` each, or (kind, channels) as `Cohort.channels()` gives
                 them: the preset then chooses the encodings.
-            cohort: "blca", "brca", "kirp" or "ucec" for the released hyper-parameters of that
-                cohort; None for the released constructor's defaults. The paper has one setting.
-            out_dims: width of the logits; both train on four time bins.
+            outputs: number of logits by task; by default the four time bins that both train on.
             absorb: see `HEALNetConfig`.
             backend: see `HEALNetConfig`.
 
         Raises:
-            ValueError: an unknown preset or cohort, a cohort given to "paper", or modalities that
-                are not as above.
+            ValueError: an unknown preset, or modalities that are not as above.
         """
-        if isinstance(name, str) and name.startswith("released:"):
-            # a configuration file writes both in one word
-            raise ValueError(
-                f"name is {name!r}; it must be 'released' with cohort={name.partition(':')[2]!r}"
-            )
-        if name not in ("paper", "released"):
-            raise ValueError(f"name is {name!r}; it must be 'paper' or 'released'")
-        if name == "paper" and cohort is not None:
-            raise ValueError(f"cohort is {cohort!r} with preset 'paper'; it must be None")
-        if not isinstance(modalities, Mapping):
-            raise ValueError(
-                f"modalities is {modalities!r}; it must map names to (kind, channels) or a "
-                "ModalityConfig"
-            )
-        parsed = {}
+        if name not in cls.PRESETS:
+            raise ValueError(f"name is {name!r}; it must be one of {list(cls.PRESETS)}")
+        given = parse_modalities(modalities)
+        # a pair leaves the encodings to the preset
         for key, value in modalities.items():
-            if isinstance(value, ModalityConfig):
-                parsed[key] = value
-            elif isinstance(value, (tuple, list)) and len(value) == 2:
-                parsed[key] = _default_modality(name, *value)
-            else:
-                raise ValueError(
-                    f"modality {key!r} is {value!r}; it must be (kind, channels), for example "
-                    "('bag', 1024), or a ModalityConfig"
-                )
-        settings = {} if name == "paper" else _released_settings(cohort)
-        return cls(parsed, out_dims=out_dims, absorb=absorb, backend=backend, **settings)
+            if isinstance(value, (tuple, list)):
+                given[key] = _encoded(name, given[key])
+        settings = {} if name == "paper" else _released_settings(name.partition(":")[2] or None)
+        outputs = {"survival": 4} if outputs is None else outputs
+        return cls(given, outputs=outputs, absorb=absorb, backend=backend, **settings)
 
 
 # config/best_hyperparams.yml of the released code; l1 is the weight of its L1 penalty
@@ -299,52 +228,7 @@ def _check_cohort(cohort: str) -> str:
     return cohort.lower()
 
 
-def _default_modality(preset: str, kind: str, channels: int) -> ModalityConfig:
-    if kind == "array":
-        raise ValueError(
-            "an array needs ModalityConfig('array', channels, axes=...): (kind, channels) does not "
-            "say how many spatial axes it has"
-        )
-    if kind == "graph":
-        return ModalityConfig(kind, channels, walk_steps=8)
+def _encoded(preset: str, modality: ModalityConfig) -> ModalityConfig:
     # the released code encodes the index of a patch, and the one position of a table's token
-    encoded = kind == "bag" or preset == "released"
-    return ModalityConfig(kind, channels, axes=1 if encoded else 0)
-
-
-def _parse_modalities(modalities: Mapping[str, Any]) -> dict[str, ModalityConfig]:
-    if not isinstance(modalities, Mapping) or not modalities:
-        raise ValueError(
-            f"modalities is {modalities!r}; it must map at least one name to a ModalityConfig"
-        )
-    parsed = {}
-    known = [field.name for field in fields(ModalityConfig)]
-    for name, value in modalities.items():
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"modalities has the name {name!r}; it must be a non-empty string")
-        if isinstance(value, Mapping):
-            unknown = [key for key in value if key not in known]
-            if unknown:
-                raise ValueError(
-                    f"modality {name!r} has the unknown field {unknown[0]!r}; it takes {known}"
-                )
-            value = ModalityConfig(**value)
-        if not isinstance(value, ModalityConfig):
-            raise ValueError(
-                f"modality {name!r} is {type(value).__name__}; it must be a ModalityConfig"
-            )
-        parsed[name] = value
-    return parsed
-
-
-def _check_integers(config: Any, lows: dict[str, int]) -> None:
-    for name, low in lows.items():
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise ValueError(f"{name} is {value!r}; it must be an integer of at least {low}")
-
-
-def _check_number(config: Any, name: str) -> None:
-    value = getattr(config, name)
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise ValueError(f"{name} is {value!r}; it must be a number")
+    encoded = modality.kind == "bag" or (modality.kind == "table" and preset != "paper")
+    return replace(modality, axes=1) if encoded else modality

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from survfuse.models.healnet_config import RELEASED_ARITHMETIC, HEALNetConfig, ModalityConfig
+from survfuse.models.healnet_config import RELEASED_ARITHMETIC, HEALNetConfig
+from survfuse.models.settings import ModalityConfig
 
 _FEED_FORWARD = {
     "norm.weight": "norm.weight",
@@ -94,10 +95,10 @@ def convert_released(
                 converted[f"layers.{i}.{key}"] = value
     for i in range(n_sets, config.depth):
         _check_tied_layer(state_dict, i, config, taken)
-    if config.out_dims is not None:
-        for ours, theirs in (("readout.0", "to_logits.1"), ("readout.1", "to_logits.2")):
+    for task in config.outputs:
+        for ours, theirs in (("norm", "to_logits.1"), (f"tasks.{task}", "to_logits.2")):
             for part in ("weight", "bias"):
-                converted[f"{ours}.{part}"] = _take(state_dict, f"{theirs}.{part}", taken)
+                converted[f"readout.{ours}.{part}"] = _take(state_dict, f"{theirs}.{part}", taken)
     left = [key for key in state_dict if key not in taken]
     if left:
         raise ValueError(

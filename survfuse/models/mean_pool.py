@@ -7,12 +7,22 @@ fusion model adds is the difference to it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from survfuse.batch import ArrayBatch, BagBatch, GraphBatch, Modality, ModelOutput, TableBatch
+from survfuse.models.base import FusionModel
+from survfuse.models.heads import TaskHeads
+from survfuse.models.settings import (
+    ModalityConfig,
+    check_integers,
+    check_probabilities,
+    parse_modalities,
+    parse_outputs,
+)
 from survfuse.ops import pool_bag
 from survfuse.pooling import accumulation_type
 
@@ -22,6 +32,8 @@ class MeanPoolConfig:
     """Settings of `MeanPool`.
 
     Attributes:
+        modalities: by name.
+        outputs: number of logits by task.
         width: hidden numbers per modality and of the joint layer.
         dropout: probability, after both layers.
 
@@ -29,55 +41,65 @@ class MeanPoolConfig:
         ValueError: a value is out of range.
     """
 
+    PRESETS: ClassVar[tuple[str, ...]] = ("default",)
+
+    modalities: Mapping[str, ModalityConfig]
+    outputs: Mapping[str, int] = field(default_factory=lambda: {"survival": 4})
     width: int = 64
     dropout: float = 0.25
 
     def __post_init__(self) -> None:
-        if self.width < 1:
-            raise ValueError(f"width is {self.width}; it must be at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1)")
+        object.__setattr__(self, "modalities", parse_modalities(self.modalities))
+        object.__setattr__(self, "outputs", parse_outputs(self.outputs))
+        check_integers(self, {"width": 1})
+        check_probabilities(self, "dropout")
+
+    @classmethod
+    def from_preset(
+        cls,
+        name: str,
+        *,
+        modalities: Mapping[str, ModalityConfig | tuple],
+        outputs: Mapping[str, int] | None = None,
+    ) -> MeanPoolConfig:
+        """The one preset, "default".
+
+        Raises:
+            ValueError: another name.
+        """
+        if name not in cls.PRESETS:
+            raise ValueError(f"name is {name!r}; it must be one of {list(cls.PRESETS)}")
+        return cls(modalities, {"survival": 4} if outputs is None else outputs)
 
 
-class MeanPool(nn.Module):
+class MeanPool(FusionModel):
     """logits = W relu(sum over present modalities of U_m relu(V_m norm(mean x_m)) + b).
-
-    Args:
-        config: settings.
-        channels: (kind, width) of every modality by name, as `PreparedCohort.channels()` gives.
-        out_dims: time bins, or 1 for a Cox risk.
 
     An absent modality adds nothing to the sum.
     """
 
-    def __init__(
-        self,
-        config: MeanPoolConfig,
-        channels: Mapping[str, tuple[str, int]],
-        *,
-        out_dims: int = 4,
-    ) -> None:
+    config_class: ClassVar[type] = MeanPoolConfig
+    config: MeanPoolConfig
+
+    def __init__(self, config: MeanPoolConfig) -> None:
         super().__init__()
-        if not channels:
-            raise ValueError("channels is empty; at least one modality is needed")
         self.config = config
         # a module's name may not hold a dot, a modality's may
-        self.names = list(channels)
+        self.names = list(config.modalities)
         self.branches = nn.ModuleList(
             nn.Sequential(
                 # columns of a table are standardised already and must keep their own size
-                nn.Identity() if kind == "table" else nn.LayerNorm(width),
-                nn.Linear(width, config.width),
+                nn.Identity() if modality.kind == "table" else nn.LayerNorm(modality.channels),
+                nn.Linear(modality.channels, config.width),
                 nn.ReLU(),
                 nn.Dropout(config.dropout),
                 nn.Linear(config.width, config.width, bias=False),
             )
-            for kind, width in channels.values()
+            for modality in config.modalities.values()
         )
         self.bias = nn.Parameter(torch.zeros(config.width))
-        self.head = nn.Sequential(
-            nn.ReLU(), nn.Dropout(config.dropout), nn.Linear(config.width, out_dims)
-        )
+        self.hidden = nn.Sequential(nn.ReLU(), nn.Dropout(config.dropout))
+        self.readout = TaskHeads(config.width, config.outputs)
 
     def forward(self, inputs: Mapping[str, Modality]) -> ModelOutput:
         """Logits of a batch.
@@ -86,7 +108,7 @@ class MeanPool(nn.Module):
             inputs: one entry for every modality the model was built for.
 
         Returns:
-            logits [B, out_dims]; embeddings per modality and "joint", [B, width].
+            logits by task; embeddings per modality and "joint", [B, width].
 
         Raises:
             KeyError: a modality is missing from `inputs`; absent samples are marked by `present`.
@@ -99,7 +121,11 @@ class MeanPool(nn.Module):
             # selected, not multiplied: an absent sample may hold anything
             embeddings[name] = torch.where(inputs[name].present[:, None], embedded, 0.0)
         joint = sum(embeddings.values()) + self.bias
-        return ModelOutput(self.head(joint), {**embeddings, "joint": joint}, {})
+        return ModelOutput(self.readout(self.hidden(joint)), {**embeddings, "joint": joint}, {})
+
+    def patch_attention(self, inputs: Mapping[str, Modality]) -> dict[str, dict[str, Tensor]]:
+        """Nothing: every patch weighs the same."""
+        return {}
 
 
 def _mean(batch: Modality) -> Tensor:

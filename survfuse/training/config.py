@@ -140,7 +140,24 @@ class ModelConfig:
     """
 
     __pydantic_config__ = _STRICT
-    name: Literal["healnet", "mean_pool", "clinical_cox", "elastic_net_cox"] = "healnet"
+    name: Literal[
+        "healnet",
+        "ammasurv",
+        "subspace_fusion",
+        "mcat",
+        "motcat",
+        "survpath",
+        "cmta",
+        "perceiver",
+        "multimodn",
+        "late_fusion",
+        "abmil",
+        "transmil",
+        "snn",
+        "mean_pool",
+        "clinical_cox",
+        "elastic_net_cox",
+    ] = "healnet"
     preset: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 

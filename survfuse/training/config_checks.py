@@ -76,14 +76,14 @@ def _check_sections(config: Any, prefix: str = "") -> None:
 def _check_preset(model: ModelConfig) -> None:
     if model.preset is None:
         return
-    if model.name != "healnet":
+    from survfuse.models.registry import MODELS, model_class
+
+    if model.name not in MODELS:
         raise ValueError(
             f'model.preset is "{model.preset}", but model.name "{model.name}" has no presets; '
             "it must be null"
         )
-    from survfuse.models.healnet_config import RELEASED_COHORTS
-
-    known = ["paper", "released", *(f"released:{cohort}" for cohort in RELEASED_COHORTS)]
+    known = model_class(model.name).config_class.PRESETS
     if model.preset.lower() not in known:
         raise ValueError(
             f'model.preset is "{model.preset}"; it must be null or one of {", ".join(known)}'

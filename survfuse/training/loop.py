@@ -235,7 +235,7 @@ def forward(
     ):
         output = model(batch.inputs)
     auxiliary = sum(output.auxiliary.values(), torch.zeros((), device=device))
-    return output.logits.float(), auxiliary
+    return output.logits["survival"].float(), auxiliary
 
 
 def survival_loss(

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from survfuse.data.names import unknown_name
+from survfuse.models.registry import MODELS, model_class
+from survfuse.models.settings import ModalityConfig
 from survfuse.training.config import TrainConfig
 from survfuse.training.config_files import ConfigError, from_plain
 from survfuse.training.linear import check_linear
@@ -16,7 +18,9 @@ from survfuse.training.linear import check_linear
 if TYPE_CHECKING:
     from survfuse.data.cohort import PreparedCohort
 
-NEURAL = ("healnet", "mean_pool")
+NEURAL = tuple(MODELS)
+# what follows from the data and the tasks
+_FIXED = {"outputs": "the tasks, loss.name and protocol.n_bins"}
 
 
 def build_model(config: TrainConfig, prepared: PreparedCohort) -> torch.nn.Module:
@@ -26,16 +30,30 @@ def build_model(config: TrainConfig, prepared: PreparedCohort) -> torch.nn.Modul
 
     Args:
         config: names the model; the loss decides the width of its output.
-        prepared: gives the modalities, their widths and the number of time bins.
+        prepared: gives the modalities, their widths and gene groups, and the number of time bins.
 
     Raises:
         ConfigError: a setting of the model is wrong.
     """
-    out_dims = 1 if config.loss.name == "cox" else prepared.n_bins
+    outputs = {"survival": 1 if config.loss.name == "cox" else prepared.n_bins}
+    model = model_class(config.model.name)
+    kind = model.config_class
     try:
-        if config.model.name == "healnet":
-            return _healnet(config, prepared, out_dims)
-        return _mean_pool(config, prepared.channels(), out_dims)
+        preset = kind.from_preset(
+            (config.model.preset or kind.PRESETS[0]).lower(),
+            modalities=_modalities(prepared),
+            outputs=outputs,
+        )
+        settings = dict(config.model.settings)
+        for fixed, source in _FIXED.items():
+            if fixed in settings:
+                raise ConfigError(
+                    f"model.settings.{fixed} is {settings[fixed]!r}; it follows from {source} and "
+                    "cannot be set"
+                )
+        modalities = _modality_settings(preset.modalities, settings.pop("modalities", {}))
+        values = {**_fields(preset), **settings, "modalities": modalities}
+        return model(from_plain(kind, values, prefix="model.settings"))
     except ConfigError:
         raise
     except ValueError as error:
@@ -54,30 +72,20 @@ def check_model(config: TrainConfig, prepared: PreparedCohort) -> None:
         check_linear(config, prepared)
 
 
-def _healnet(config: TrainConfig, prepared: PreparedCohort, out_dims: int) -> torch.nn.Module:
-    from survfuse.models.healnet import HEALNet
-    from survfuse.models.healnet_config import HEALNetConfig, ModalityConfig
-
-    channels = prepared.channels()
-    name, _, cohort = (config.model.preset or "paper").lower().partition(":")
-    for key, (kind, width) in channels.items():
+def _modalities(prepared: PreparedCohort) -> dict[str, Any]:
+    """Kind and width of every modality, a table's groups, an array's axes."""
+    found: dict[str, Any] = {}
+    for name, (kind, width) in prepared.channels().items():
         if kind == "array":
             # how many axes it has is in the data, not in its channels
-            axes = prepared.cohort.modality(key).values.dim() - 2
-            channels[key] = ModalityConfig("array", width, axes=axes)
-    preset = HEALNetConfig.from_preset(
-        name, modalities=channels, cohort=cohort or None, out_dims=out_dims
-    )
-    settings = dict(config.model.settings)
-    for fixed in ("out_dims",):
-        if fixed in settings:
-            raise ConfigError(
-                f"model.settings.{fixed} is {settings[fixed]!r}; it follows from loss.name and "
-                "protocol.n_bins and cannot be set"
-            )
-    modalities = _modality_settings(preset.modalities, settings.pop("modalities", {}))
-    values = {**_fields(preset), **settings, "modalities": modalities}
-    return HEALNet(from_plain(HEALNetConfig, values, prefix="model.settings"))
+            axes = prepared.cohort.modality(name).values.dim() - 2
+            found[name] = ModalityConfig("array", width, axes=axes)
+        elif kind == "table":
+            groups = prepared.groups(name)
+            found[name] = (kind, width, {g: tuple(c) for g, c in groups.items() if len(c)})
+        else:
+            found[name] = (kind, width)
+    return found
 
 
 def _modality_settings(preset: Any, given: Any) -> dict[str, dict[str, Any]]:
@@ -95,7 +103,7 @@ def _modality_settings(preset: Any, given: Any) -> dict[str, dict[str, Any]]:
             raise ConfigError(
                 f"model.settings.modalities.{name} is {fields!r}; it must be a section"
             )
-        for fixed in ("kind", "channels"):
+        for fixed in ("kind", "channels", "groups"):
             if fixed in fields:
                 raise ConfigError(
                     f"model.settings.modalities.{name}.{fixed} cannot be set; it follows from the "
@@ -123,15 +131,6 @@ def check_modality_names(config: TrainConfig, known: Iterable[str]) -> None:
             raise ConfigError(
                 f"model.settings.modalities.{name}: {unknown_name('modality', name, known)}"
             )
-
-
-def _mean_pool(
-    config: TrainConfig, channels: dict[str, tuple[str, int]], out_dims: int
-) -> torch.nn.Module:
-    from survfuse.models.mean_pool import MeanPool, MeanPoolConfig
-
-    settings = from_plain(MeanPoolConfig, config.model.settings, prefix="model.settings")
-    return MeanPool(settings, channels, out_dims=out_dims)
 
 
 def _fields(config: Any) -> dict[str, Any]:

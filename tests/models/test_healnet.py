@@ -34,12 +34,12 @@ def _one_thread() -> Iterator[None]:
 def test_each_sample_of_a_batch_as_if_alone(changes: dict[str, object]) -> None:
     model, inputs = HEALNet(small(**changes)).eval(), all_inputs()
     together = model(inputs)
-    assert together.logits.shape == (3, 4)
+    assert together.logits["survival"].shape == (3, 4)
     assert together.embeddings["latents"].shape == (3, 10)
     for b in range(3):
         alone = model(one_sample(inputs, b))
-        torch.testing.assert_close(together.logits[b : b + 1], alone.logits)
-    assert (together.logits[0] - together.logits[1]).abs().max() > 1e-3
+        torch.testing.assert_close(together.logits["survival"][b : b + 1], alone.logits["survival"])
+    assert (together.logits["survival"][0] - together.logits["survival"][1]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", MODALITIES)
@@ -69,7 +69,7 @@ def test_gradients_with_absent_samples(name: str) -> None:
         outside = torch.ones(gone[name].features.shape[0], dtype=torch.bool)
         outside[LENGTHS[0] : LENGTHS[0] + LENGTHS[1]] = False
         gone[name].features[outside] = torch.nan
-    model(gone).logits.square().sum().backward()
+    model(gone).logits["survival"].square().sum().backward()
     for key, parameter in model.named_parameters():
         assert parameter.grad.isfinite().all(), key
     j = list(MODALITIES).index(name)
@@ -83,7 +83,7 @@ def test_a_modality_absent_from_the_whole_batch_has_zero_gradient(said: str) -> 
         inputs = without(inputs, name, [0, 1, 2])
         if said == "left out":
             del inputs[name]
-    model(inputs).logits.square().sum().backward()
+    model(inputs).logits["survival"].square().sum().backward()
     for j, name in enumerate(MODALITIES):
         for layer in model.layers:
             gradients = [p.grad for p in layer.attention[j].parameters()]
@@ -100,13 +100,17 @@ def test_a_sample_without_anything_gets_the_readout_of_the_latents(blocks: int) 
         inputs = without(inputs, name, [1])
     output = model(inputs)
     assert torch.equal(output.embeddings["latent_array"][1], model.latents)
-    torch.testing.assert_close(output.logits[1], model.readout(model.latents.mean(0)))
+    torch.testing.assert_close(
+        output.logits["survival"][1], model.readout(model.latents.mean(0))["survival"]
+    )
     nothing = {
         name: without({name: batch}, name, [0, 1, 2])[name] for name, batch in inputs.items()
     }
     output = model(nothing)
-    torch.testing.assert_close(output.logits, output.logits[:1].expand(3, -1))
-    output.logits.sum().backward()
+    torch.testing.assert_close(
+        output.logits["survival"], output.logits["survival"][:1].expand(3, -1)
+    )
+    output.logits["survival"].sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert model.latents.grad.any()
 
@@ -115,19 +119,19 @@ def test_an_empty_bag_is_an_absent_one() -> None:
     model, inputs = HEALNet(small()), all_inputs()
     absent = without(inputs, "plain", [1])
     empty = {**absent, "plain": absent["plain"]._replace(present=torch.ones(3) > 0)}
-    assert torch.equal(model(empty).logits, model(absent).logits)
+    assert torch.equal(model(empty).logits["survival"], model(absent).logits["survival"])
 
 
 def test_bags_may_repeat_and_leave_gaps() -> None:
     model, inputs = HEALNet(small()).eval(), all_inputs()
-    expected = model(inputs).logits[[2, 0, 2]]
+    expected = model(inputs).logits["survival"][[2, 0, 2]]
     picked = {}
     for name, batch in inputs.items():
         if isinstance(batch, TableBatch | ArrayBatch):
             picked[name] = type(batch)(batch.values[[2, 0, 2]], batch.present)
         else:
             picked[name] = batch._replace(ragged=batch.ragged.select([2, 0, 2]))
-    torch.testing.assert_close(model(picked).logits, expected)
+    torch.testing.assert_close(model(picked).logits["survival"], expected)
 
 
 def test_order_of_patches_and_nodes() -> None:
@@ -135,7 +139,7 @@ def test_order_of_patches_and_nodes() -> None:
     modalities = {**MODALITIES, "placed": ModalityConfig("bag", 4, axes=2)}
     model, inputs = HEALNet(replace(small(), modalities=modalities)).eval(), all_inputs()
     inputs["placed"] = bag(4)._replace(coords=torch.randint(0, 9000, (11, 2)))
-    before = model(inputs).logits
+    before = model(inputs).logits["survival"]
     order = torch.cat([torch.randperm(6), torch.tensor([6]), 7 + torch.randperm(4)])
     place = torch.empty_like(order)
     place[order] = torch.arange(11)
@@ -146,10 +150,10 @@ def test_order_of_patches_and_nodes() -> None:
         if name == "placed":
             batch = batch._replace(coords=batch.coords[order])
         inputs[name] = batch
-    torch.testing.assert_close(model(inputs).logits, before)
+    torch.testing.assert_close(model(inputs).logits["survival"], before)
     slide = inputs["slide"]
     inputs["slide"] = slide._replace(features=slide.features.flip(0).roll(4, 0))
-    assert (model(inputs).logits - before).abs().max() > 1e-5
+    assert (model(inputs).logits["survival"] - before).abs().max() > 1e-5
     with pytest.raises(ValueError, match=r"inputs\['placed'\]\.coords is None"):
         model({"placed": inputs["placed"]._replace(coords=None)})
 
@@ -188,7 +192,7 @@ def test_gradients_against_finite_differences() -> None:
             "plain": BagBatch(plain, ragged, present | True),
         }
         named = dict(zip(leaves, weights, strict=True))
-        return torch.func.functional_call(model, named, (inputs,)).logits
+        return torch.func.functional_call(model, named, (inputs,)).logits["survival"]
 
     weights = [value.clone().requires_grad_() for value in leaves.values()]
     assert torch.autograd.gradcheck(logits, (*data, *weights), fast_mode=True)
@@ -243,7 +247,7 @@ def test_effect_of_withholding_and_gradient_importance() -> None:
     effects = model.modality_effect(inputs, score=score)
     assert list(effects) == list(inputs)
     rest = {name: batch for name, batch in inputs.items() if name != "plain"}
-    expected = score(model(inputs).logits) - score(model(rest).logits)
+    expected = score(model(inputs).logits["survival"]) - score(model(rest).logits["survival"])
     torch.testing.assert_close(effects["plain"], expected.detach())
     assert effects["plain"][0] == 0.0
     assert effects["plain"][1:].abs().min() > 0
@@ -252,8 +256,8 @@ def test_effect_of_withholding_and_gradient_importance() -> None:
     values, step = inputs["genes"].values, 1e-3
     raised = values.clone()
     raised[:, 2] += step
-    higher = model({**inputs, "genes": inputs["genes"]._replace(values=raised)}).logits
-    slope = (score(higher) - score(model(inputs).logits)) / step
+    higher = model({**inputs, "genes": inputs["genes"]._replace(values=raised)}).logits["survival"]
+    slope = (score(higher) - score(model(inputs).logits["survival"])) / step
     torch.testing.assert_close(
         importance[:, 2], slope.detach() * values[:, 2], rtol=0.05, atol=2e-3
     )
@@ -271,16 +275,18 @@ def test_dropout_acts_in_training_only() -> None:
     config = replace(small(attention_dropout=0.5), modalities={"genes": MODALITIES["genes"]})
     model = HEALNet(config)
     inputs = {"genes": all_inputs()["genes"]}
-    first, second = model(inputs).logits, model(inputs).logits
+    first, second = model(inputs).logits["survival"], model(inputs).logits["survival"]
     assert not torch.equal(first, second)
     model.eval()
-    assert torch.equal(model(inputs).logits, model(inputs).logits)
+    assert torch.equal(model(inputs).logits["survival"], model(inputs).logits["survival"])
     for name in ("slide", "panel"):
         config = replace(small(attention_dropout=0.5), modalities={name: MODALITIES[name]})
         model, inputs = HEALNet(config), {name: all_inputs()[name]}
-        assert not torch.equal(model(inputs).logits, model(inputs).logits)
+        assert not torch.equal(model(inputs).logits["survival"], model(inputs).logits["survival"])
     model = HEALNet(small(ff_dropout=0.5))
-    assert not torch.equal(model(all_inputs()).logits, model(all_inputs()).logits)
+    assert not torch.equal(
+        model(all_inputs()).logits["survival"], model(all_inputs()).logits["survival"]
+    )
 
 
 def test_one_token_drops_like_the_general_attention() -> None:
@@ -305,18 +311,18 @@ def test_one_token_drops_like_the_general_attention() -> None:
 def test_sixteen_bit_bags(dtype: torch.dtype) -> None:
     """Features in bf16 under fp32 or bf16 parameters, and under autocast."""
     model, inputs = HEALNet(small()).eval(), all_inputs()
-    exact = model(inputs).logits
+    exact = model(inputs).logits["survival"]
     for name in ("slide", "plain", "cells"):
         inputs[name] = inputs[name]._replace(features=inputs[name].features.bfloat16())
     model = model.to(dtype)
     tolerance = {"rtol": 0.05, "atol": 0.05}
-    logits = model(inputs).logits
+    logits = model(inputs).logits["survival"]
     assert logits.dtype == dtype
     torch.testing.assert_close(logits.float(), exact, **tolerance)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        automatic = model(inputs).logits
+        automatic = model(inputs).logits["survival"]
     torch.testing.assert_close(automatic.float(), exact, **tolerance)
-    model(inputs).logits.float().square().sum().backward()
+    model(inputs).logits["survival"].float().square().sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
@@ -327,7 +333,7 @@ def test_plain_baseline_computes_the_same(attention: str) -> None:
     model, inputs = HEALNet(config), {name: all_inputs()[name] for name in modalities}
     plain = PlainHEALNet(config, attention=attention)
     plain.load_state_dict(model.state_dict())
-    ours, theirs = model(inputs).logits, plain(inputs)
+    ours, theirs = model(inputs).logits["survival"], plain(inputs)
     torch.testing.assert_close(ours, theirs)
     ours.square().sum().backward()
     theirs.square().sum().backward()
@@ -368,7 +374,7 @@ def test_coordinates_a_slide_does_not_have_are_refused() -> None:
     with pytest.raises(ValueError, match="coords of sample 1 of the batch are NaN"):
         model({"slide": batch._replace(coords=coords)})
     absent = batch._replace(coords=coords, present=torch.tensor([True, False, True]))
-    assert model({"slide": absent}).logits.isfinite().all()
+    assert model({"slide": absent}).logits["survival"].isfinite().all()
 
 
 def test_raw_inputs_are_named() -> None:
@@ -402,11 +408,21 @@ def test_compiles_to_one_graph_for_all_sizes() -> None:
         present = torch.ones(len(lengths), dtype=torch.bool)
         inputs = {"slide": bag(12, lengths), "plain": bag(8, lengths)}
         inputs["genes"] = TableBatch(torch.randn(len(lengths), 7), present)
-        torch.testing.assert_close(compiled(inputs).logits, model(inputs).logits)
+        torch.testing.assert_close(
+            compiled(inputs).logits["survival"], model(inputs).logits["survival"]
+        )
     assert counter.frame_count == 2
 
 
-def test_a_model_without_readout_returns_the_latents() -> None:
-    output = HEALNet(small(out_dims=None))(all_inputs())
-    assert output.logits is output.embeddings["latent_array"]
-    assert output.logits.shape == (3, 3, 10)
+def test_a_model_without_tasks_returns_the_latents() -> None:
+    output = HEALNet(small(outputs={}))(all_inputs())
+    assert output.logits == {}
+    assert output.embeddings["latent_array"].shape == (3, 3, 10)
+
+
+def test_several_tasks_share_the_latents() -> None:
+    output = HEALNet(small(outputs={"survival": 4, "grade": 2}))(all_inputs())
+    assert {task: tuple(x.shape) for task, x in output.logits.items()} == {
+        "survival": (3, 4),
+        "grade": (3, 2),
+    }

@@ -25,9 +25,10 @@ def test_presets_and_their_round_trip() -> None:
     paper = HEALNetConfig.from_preset("paper", modalities=modalities)
     assert (paper.n_latents, paper.latent_dim) == (25, 119)
     assert (paper.cross_heads, paper.cross_head_dim) == (8, 64)
-    assert (paper.depth, paper.out_dims, paper.weight_sharing) == (2, 4, "all_layers")
+    assert (paper.depth, paper.weight_sharing) == (2, "all_layers")
+    assert paper.outputs == {"survival": 4}
     assert (paper.token_width("genes"), paper.token_width("slide")) == (7, 17)
-    released = HEALNetConfig.from_preset("released", modalities=modalities, cohort="kirp")
+    released = HEALNetConfig.from_preset("released:kirp", modalities=modalities)
     assert (released.depth, released.n_latents, released.latent_dim) == (5, 17, 62)
     assert (released.temperature, released.output_slope, released.cross_heads) == (0.5, 0.01, 1)
     assert released.token_width("genes") == 12
@@ -36,7 +37,9 @@ def test_presets_and_their_round_trip() -> None:
         model, copy = HEALNet(config), HEALNet(config)
         copy.load_state_dict(model.state_dict())
         inputs = {"genes": GENES, "slide": SLIDE}
-        assert torch.equal(model.eval()(inputs).logits, copy.eval()(inputs).logits)
+        assert torch.equal(
+            model.eval()(inputs).logits["survival"], copy.eval()(inputs).logits["survival"]
+        )
     assert len(HEALNet(paper).layers) == 1
     assert HEALNet(paper).latents.min() >= 0.0
     assert HEALNet(released).latents.min() < 0.0
@@ -53,6 +56,10 @@ def test_presets_and_their_round_trip() -> None:
         ({"kind": "table", "table_tokens": "features"}, "axes is 0 with table_tokens 'features'"),
         ({"table_tokens": "features"}, "only tables take it"),
         ({"walk_steps": 2}, "walk_steps is 2 on a bag"),
+        ({"groups": {"a": (0,)}}, "groups are given on a bag"),
+        ({"kind": "table", "groups": {"a": (4,)}}, r"groups\['a'\] holds column 4"),
+        ({"kind": "table", "groups": {"a": ()}}, r"groups\['a'\] is empty"),
+        ({"kind": "table", "groups": ["a"]}, r"groups is \['a'\]; it must map names"),
     ],
     ids=str,
 )
@@ -66,11 +73,16 @@ def test_wrong_modalities_are_refused(arguments: dict[str, object], message: str
     [
         ({"modalities": {}}, "must map at least one name"),
         ({"modalities": {"": MODALITIES["genes"]}}, "must be a non-empty string"),
-        ({"modalities": {"genes": "table"}}, "modality 'genes' is str"),
+        (
+            {"modalities": {"genes": "table"}},
+            "modality 'genes' is 'table'; it must be a ModalityConfig",
+        ),
         ({"modalities": {"genes": {"kind": "table", "width": 3}}}, "unknown field 'width'"),
         ({"depth": 0}, "depth is 0; it must be an integer of at least 1"),
         ({"depth": 2.0}, r"depth is 2\.0; it must be an integer"),
-        ({"out_dims": 0}, "out_dims is 0"),
+        ({"outputs": {"survival": 0}}, r"outputs\['survival'\] is 0; it must be an integer"),
+        ({"outputs": 4}, "outputs is 4; it must map names of tasks"),
+        ({"outputs": {"a.b": 4}}, "outputs has the task 'a.b'"),
         ({"weight_sharing": "tied"}, "weight_sharing is 'tied'; it must be one of"),
         ({"activation": "relu"}, "activation is 'relu'"),
         ({"latent_init": "zeros"}, "latent_init is 'zeros'"),
@@ -97,16 +109,14 @@ def test_wrong_presets_are_refused() -> None:
     modalities = {"genes": ("table", 7)}
     with pytest.raises(ValueError, match="name is 'best'"):
         HEALNetConfig.from_preset("best", modalities=modalities)
-    with pytest.raises(ValueError, match="cohort is 'luad'; it must be one of"):
-        HEALNetConfig.from_preset("released", modalities=modalities, cohort="luad")
-    with pytest.raises(ValueError, match="cohort is 'blca' with preset 'paper'"):
-        HEALNetConfig.from_preset("paper", modalities=modalities, cohort="blca")
-    with pytest.raises(ValueError, match="must be 'released' with cohort='kirp'"):
-        HEALNetConfig.from_preset("released:kirp", modalities=modalities)
-    for wrong in (8, ("bag", 8, 1), "bag", {"kind": "bag", "channels": 8}):
-        with pytest.raises(ValueError, match=r"modality 's' is .*; it must be \(kind, channels\)"):
+    with pytest.raises(ValueError, match="name is 'released:luad'; it must be one of"):
+        HEALNetConfig.from_preset("released:luad", modalities=modalities)
+    for wrong in (8, ("bag", 8, {}, 1), "bag", ("bag",)):
+        with pytest.raises(
+            ValueError, match=r"modality 's' is .*; it must be .*\(kind, channels\)"
+        ):
             HEALNetConfig.from_preset("paper", modalities={"s": wrong})
-    with pytest.raises(ValueError, match=r"modalities is \['s'\]; it must map names"):
+    with pytest.raises(ValueError, match=r"modalities is \['s'\]; it must map"):
         HEALNetConfig.from_preset("paper", modalities=["s"])
     with pytest.raises(TypeError, match="config is dict; it must be a HEALNetConfig"):
         HEALNet({"modalities": MODALITIES})

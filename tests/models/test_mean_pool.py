@@ -16,7 +16,7 @@ def bag(lengths: list[int], width: int = 5) -> BagBatch:
 
 
 def model() -> MeanPool:
-    return MeanPool(MeanPoolConfig(width=8), {"rna": ("table", 3), "slides": ("bag", 5)}).eval()
+    return MeanPool(MeanPoolConfig({"rna": ("table", 3), "slides": ("bag", 5)}, width=8)).eval()
 
 
 def test_pools_are_plain_means() -> None:
@@ -42,29 +42,33 @@ def test_an_absent_modality_adds_nothing_whatever_it_holds() -> None:
     wild.values[1] = float("nan")
     plain = net({"rna": rna, "slides": slides})
     found = net({"rna": wild, "slides": slides})
-    torch.testing.assert_close(found.logits, plain.logits)
+    torch.testing.assert_close(found.logits["survival"], plain.logits["survival"])
     assert (found.embeddings["rna"][1] == 0).all()
-    net({"rna": wild, "slides": slides}).logits.sum().backward()
+    net({"rna": wild, "slides": slides}).logits["survival"].sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in net.parameters())
 
 
 def test_a_sample_does_not_depend_on_its_batch_or_on_the_order_of_patches() -> None:
     net, slides = model(), bag([4, 3])
     rna = TableBatch(torch.randn(2, 3), torch.ones(2, dtype=torch.bool))
-    both = net({"rna": rna, "slides": slides}).logits
+    both = net({"rna": rna, "slides": slides}).logits["survival"]
     turned = slides.features[4:].flip(0)
     one = BagBatch(turned, Ragged.from_lengths([3]), torch.ones(1, dtype=torch.bool))
-    alone = net({"rna": TableBatch(rna.values[1:], rna.present[1:]), "slides": one}).logits
+    alone = net({"rna": TableBatch(rna.values[1:], rna.present[1:]), "slides": one}).logits[
+        "survival"
+    ]
     torch.testing.assert_close(alone[0], both[1])
 
 
 def test_errors_name_what_is_wrong() -> None:
-    with pytest.raises(ValueError, match="channels is empty"):
-        MeanPool(MeanPoolConfig(), {})
+    with pytest.raises(ValueError, match=r"modalities is \{\}"):
+        MeanPoolConfig({})
     with pytest.raises(ValueError, match="width is 0"):
-        MeanPoolConfig(width=0)
+        MeanPoolConfig({"rna": ("table", 3)}, width=0)
     with pytest.raises(ValueError, match=r"dropout is 1\.0"):
-        MeanPoolConfig(dropout=1.0)
+        MeanPoolConfig({"rna": ("table", 3)}, dropout=1.0)
+    with pytest.raises(ValueError, match="name is 'paper'"):
+        MeanPoolConfig.from_preset("paper", modalities={"rna": ("table", 3)})
     with pytest.raises(KeyError, match="slides"):
         model()({"rna": TableBatch(torch.zeros(1, 3), torch.ones(1, dtype=torch.bool))})
     with pytest.raises(TypeError, match="no modality of type tuple"):
@@ -76,8 +80,8 @@ def test_bags_of_other_types(dtype: torch.dtype) -> None:
     slides = bag([4, 3])
     rna = TableBatch(torch.randn(2, 3), torch.tensor([True, True]))
     narrow = slides._replace(features=slides.features.to(dtype))
-    logits = model()({"rna": rna, "slides": narrow}).logits
+    logits = model()({"rna": rna, "slides": narrow}).logits["survival"]
     assert logits.dtype == torch.float32
     net = model().double()
     wide = {"rna": rna._replace(values=rna.values.double()), "slides": narrow}
-    assert net(wide).logits.dtype == torch.float64
+    assert net(wide).logits["survival"].dtype == torch.float64

@@ -69,7 +69,11 @@ def test_a_resolved_configuration_reads_back_the_same(tmp_path: Path) -> None:
         ({"model": {"preset": "released:luad"}}, "released:blca, released:brca"),
         (
             {"model": {"name": "mean_pool", "preset": "released:kirp"}},
-            'model.preset is "released:kirp", but model.name "mean_pool" has no presets',
+            'model.preset is "released:kirp"; it must be null or one of default',
+        ),
+        (
+            {"model": {"name": "clinical_cox", "preset": "paper"}},
+            'model.preset is "paper", but model.name "clinical_cox" has no presets',
         ),
     ],
 )

@@ -310,8 +310,8 @@ def test_a_report_names_the_model_that_ran(tmp_path: Path) -> None:
 def test_wrong_model_settings_and_baselines_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.settings\.deph .*did you mean"):
         run(small_config(model={"settings": {"deph": 2}}), tmp_path / "a")
-    with pytest.raises(ConfigError, match=r"follows from loss\.name"):
-        run(small_config(model={"settings": {"out_dims": 2}}), tmp_path / "b")
+    with pytest.raises(ConfigError, match=r"follows from the tasks"):
+        run(small_config(model={"settings": {"outputs": {"survival": 2}}}), tmp_path / "b")
     with pytest.raises(ConfigError, match="the modalities are genes, slides"):
         run(small_config(evaluation={"baselines": ["only:rna"]}), tmp_path / "c")
     with pytest.raises(ConfigError, match="no CUDA device"):

@@ -121,7 +121,7 @@ def test_twenty_steps_equal_the_released_recipe(tmp_path: Path) -> None:
     assert taken >= 20
     assert losses == pytest.approx(expected, abs=1e-4)
     with torch.no_grad():
-        ours = model.eval()(prepared.batch(np.arange(42)).inputs).logits
+        ours = model.eval()(prepared.batch(np.arange(42)).inputs).logits["survival"]
         theirs = released_forward(parameters, SPEC, [values[:, None]])
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
     # and something was learned in between

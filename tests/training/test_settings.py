@@ -128,14 +128,14 @@ def test_further_losses_of_a_model_are_learned_from() -> None:
     class Model(nn.Module):
         def forward(self, inputs: object) -> ModelOutput:
             parts: dict[str, Tensor] = {"a": torch.tensor(0.25), "b": torch.tensor(0.5)}
-            return ModelOutput(torch.zeros(2, 3), {}, parts)
+            return ModelOutput({"survival": torch.zeros(2, 3)}, {}, parts)
 
     prepared = small_cohort().prepare(None, n_bins=3)
     _, auxiliary = forward(Model(), prepared.batch([0, 1]), small_config(), torch.device("cpu"))
     assert float(auxiliary) == 0.75
 
 
-@pytest.mark.parametrize("fixed", ["kind", "channels"])
+@pytest.mark.parametrize("fixed", ["kind", "channels", "groups"])
 def test_what_follows_from_the_data_cannot_be_set(tmp_path: Path, fixed: str) -> None:
     settings = {"modalities": {"genes": {fixed: 3}}}
     with pytest.raises(ConfigError, match=rf"genes\.{fixed} cannot be set"):

@@ -1,4 +1,4 @@
-"""From a batch of modalities to the tokens that HEALNet's latents attend to."""
+"""From a batch of modalities to the tokens that models attend to: checked, encoded once."""
 
 from __future__ import annotations
 
@@ -17,10 +17,17 @@ from survfuse.layers.fourier import (
     index_positions,
 )
 from survfuse.layers.graph_encoding import random_walk_encoding
-from survfuse.models.healnet_config import HEALNetConfig, ModalityConfig
+from survfuse.models.settings import ModalityConfig
 from survfuse.ragged import Ragged
 
 _BATCHES = {"bag": BagBatch, "table": TableBatch, "array": ArrayBatch, "graph": GraphBatch}
+
+
+class PositionEncoding(NamedTuple):
+    """Fourier channels of `survfuse.layers.fourier` for modalities whose `axes` are not 0."""
+
+    bands: int = 2
+    max_frequency: float = 2.0
 
 
 class Tokens(NamedTuple):
@@ -33,13 +40,16 @@ class Tokens(NamedTuple):
 
 
 def encode_inputs(
-    inputs: Mapping[str, Modality], config: HEALNetConfig
+    inputs: Mapping[str, Modality],
+    modalities: Mapping[str, ModalityConfig],
+    positions: PositionEncoding | None = None,
 ) -> tuple[dict[str, Tokens], int]:
     """Check a batch and encode each modality once.
 
     Args:
         inputs: by modality name; a modality that no sample has may be left out.
-        config: says what each modality must look like.
+        modalities: say what each modality must look like.
+        positions: encodes the axes of the modalities; None leaves every position out.
 
     Returns:
         Tokens by name, without the modalities known on the host to be absent everywhere; and B.
@@ -58,7 +68,7 @@ def encode_inputs(
             "inputs is empty; it must hold at least one modality, with present False where absent"
         )
     for name, batch in inputs.items():
-        _check_batch(name, batch, config)
+        _check_batch(name, batch, modalities, positions)
     n_samples = next(iter(inputs.values())).present.shape[0]
     for name, batch in inputs.items():
         if batch.present.shape[0] != n_samples:
@@ -67,20 +77,23 @@ def encode_inputs(
                 f"inputs[{next(iter(inputs))!r}] has {n_samples}; they must be equal"
             )
     encoded = {}
-    for name, modality in config.modalities.items():
+    for name, modality in modalities.items():
         if name in inputs:
-            tokens = _ENCODERS[modality.kind](inputs[name], modality, config)
+            tokens = _ENCODERS[modality.kind](inputs[name], modality, positions)
             if tokens is not None:
                 encoded[name] = tokens
     return encoded, n_samples
 
 
-def _check_batch(name: str, batch: Modality, config: HEALNetConfig) -> None:
-    if name not in config.modalities:
-        raise ValueError(
-            f"inputs has the modality {name!r}; the model knows {list(config.modalities)}"
-        )
-    modality = config.modalities[name]
+def _check_batch(
+    name: str,
+    batch: Modality,
+    modalities: Mapping[str, ModalityConfig],
+    positions: PositionEncoding | None,
+) -> None:
+    if name not in modalities:
+        raise ValueError(f"inputs has the modality {name!r}; the model knows {list(modalities)}")
+    modality = modalities[name]
     expected = _BATCHES[modality.kind]
     if not isinstance(batch, expected):
         raise TypeError(
@@ -122,35 +135,37 @@ def _check_batch(name: str, batch: Modality, config: HEALNetConfig) -> None:
     readable = values.device.type == "cpu" and not torch.compiler.is_compiling()
     if packed and readable:
         batch.ragged.check(values.shape[0])
-    if modality.kind == "bag" and modality.axes == 2 and config.fourier and batch.coords is None:
+    if modality.kind == "bag" and modality.axes == 2 and positions and batch.coords is None:
         raise ValueError(
             f"inputs[{name!r}].coords is None; modality {name!r} has axes=2, which encodes the "
             "slide coordinates [T, 2] of its patches"
         )
 
 
-def _encode_bag(batch: BagBatch, modality: ModalityConfig, config: HEALNetConfig) -> Tokens | None:
+def _encode_bag(
+    batch: BagBatch, modality: ModalityConfig, positions: PositionEncoding | None
+) -> Tokens | None:
     features, ragged = batch.features, batch.ragged
     if ragged.total == 0:
         return None
     # a bag without rows says nothing, whatever `present` says
     present = batch.present & (ragged.lengths > 0)
-    if config.fourier and modality.axes:
+    if positions is not None and modality.axes:
         if modality.axes == 1:
-            positions = index_positions(ragged, dtype=_position_type(features))
+            places = index_positions(ragged, dtype=_position_type(features))
         else:
-            positions = coordinate_positions(batch.coords, ragged)
-            _check_positions(positions, ragged, present)
-        features, ragged = append_channels(features, ragged, _encode(positions, config))
+            places = coordinate_positions(batch.coords, ragged)
+            _check_places(places, ragged, present)
+        features, ragged = append_channels(features, ragged, _encode(places, positions))
     return Tokens(features, ragged, present, (ragged.total,))
 
 
-def _check_positions(positions: Tensor, ragged: Ragged, present: Tensor) -> None:
+def _check_places(places: Tensor, ragged: Ragged, present: Tensor) -> None:
     """A slide without coordinates beside others that have them carries NaN."""
-    if positions.device.type != "cpu" or torch.compiler.is_compiling():
+    if places.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    if bool(positions.isnan().any()):
-        unknown = positions.isnan().any(-1)
+    if bool(places.isnan().any()):
+        unknown = places.isnan().any(-1)
         bag = torch.arange(ragged.n_bags).repeat_interleave(ragged.lengths)
         samples = sorted(set(bag[unknown & present[bag]].tolist()))
         if samples:
@@ -161,7 +176,7 @@ def _check_positions(positions: Tensor, ragged: Ragged, present: Tensor) -> None
 
 
 def _encode_graph(
-    batch: GraphBatch, modality: ModalityConfig, config: HEALNetConfig
+    batch: GraphBatch, modality: ModalityConfig, positions: PositionEncoding | None
 ) -> Tokens | None:
     features, ragged = batch.features, batch.ragged
     if ragged.total == 0:
@@ -175,27 +190,29 @@ def _encode_graph(
     return Tokens(features, ragged, present, (ragged.total,))
 
 
-def _encode_table(batch: TableBatch, modality: ModalityConfig, config: HEALNetConfig) -> Tokens:
+def _encode_table(
+    batch: TableBatch, modality: ModalityConfig, positions: PositionEncoding | None
+) -> Tokens:
     # an absent row may hold anything: it is replaced before any product, not multiplied away
     values = torch.where(batch.present[:, None], batch.values, 0.0)
     features = values[..., None] if modality.table_tokens == "features" else values[:, None]
-    if config.fourier and modality.axes:
-        features = _append_grid(features, features.shape[1:2], config)
+    if positions is not None and modality.axes:
+        features = _append_grid(features, features.shape[1:2], positions)
     if modality.table_tokens == "one":
         return Tokens(features[:, 0], None, batch.present, (values.shape[0],))
     return Tokens(features, None, batch.present, tuple(values.shape))
 
 
 def _encode_array(
-    batch: ArrayBatch, modality: ModalityConfig, config: HEALNetConfig
+    batch: ArrayBatch, modality: ModalityConfig, positions: PositionEncoding | None
 ) -> Tokens | None:
     sizes = batch.values.shape[1:-1]
     if sizes.numel() == 0:
         return None
     present = batch.present.reshape(-1, *[1] * (modality.axes + 1))
     features = torch.where(present, batch.values, 0.0).flatten(1, -2)
-    if config.fourier:
-        features = _append_grid(features, sizes, config)
+    if positions is not None:
+        features = _append_grid(features, sizes, positions)
     return Tokens(features, None, batch.present, tuple(batch.values.shape[:-1]))
 
 
@@ -207,15 +224,15 @@ _ENCODERS = {
 }
 
 
-def _append_grid(features: Tensor, sizes: tuple[int, ...], config: HEALNetConfig) -> Tensor:
+def _append_grid(features: Tensor, sizes: tuple[int, ...], positions: PositionEncoding) -> Tensor:
     """[B, N, C] with the encoded positions of a grid of N cells behind the channels."""
     grid = grid_positions(sizes, dtype=_position_type(features), device=features.device)
-    channels = _encode(grid, config).reshape(1, features.shape[1], -1).to(features.dtype)
+    channels = _encode(grid, positions).reshape(1, features.shape[1], -1).to(features.dtype)
     return torch.cat([features, channels.expand(features.shape[0], -1, -1)], dim=-1)
 
 
-def _encode(positions: Tensor, config: HEALNetConfig) -> Tensor:
-    return fourier_encode(positions, bands=config.fourier_bands, max_frequency=config.max_frequency)
+def _encode(places: Tensor, positions: PositionEncoding) -> Tensor:
+    return fourier_encode(places, bands=positions.bands, max_frequency=positions.max_frequency)
 
 
 def _position_type(features: Tensor) -> torch.dtype:

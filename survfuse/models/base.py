@@ -1,0 +1,145 @@
+"""What every fusion model is: one signature, and the same ways to look inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from survfuse.batch import Modality, ModelOutput, TableBatch
+
+Score = Callable[[Tensor], Tensor]
+
+
+class FusionModel(nn.Module):
+    """A model of a cohort: any modality may be absent for any sample.
+
+    A subclass names its configuration, is built from one alone, and implements `forward` and
+    `patch_attention`. Its configuration has the fields `modalities` (`ModalityConfig` by name) and
+    `outputs` (number of logits by task), and `from_preset(name, *, modalities, outputs)`.
+    """
+
+    config_class: ClassVar[type]
+    config: Any
+
+    @classmethod
+    def from_preset(
+        cls,
+        name: str,
+        *,
+        modalities: Mapping[str, Any],
+        outputs: Mapping[str, int] | None = None,
+        **settings: Any,
+    ) -> FusionModel:
+        """A freshly initialised model of a preset, with `settings` in place of the preset's.
+
+        Args:
+            name: one of the presets of the model's configuration.
+            modalities: a `ModalityConfig` each, or (kind, channels) as `Cohort.channels()` gives.
+            outputs: number of logits by task; by default four time bins of "survival".
+            settings: fields of the configuration.
+
+        Raises:
+            ValueError, TypeError: a preset, a modality or a setting is not one of the model's.
+        """
+        import dataclasses
+
+        outputs = {"survival": 4} if outputs is None else outputs
+        config = cls.config_class.from_preset(name, modalities=modalities, outputs=outputs)
+        return cls(dataclasses.replace(config, **settings))
+
+    def forward(self, inputs: Mapping[str, Modality]) -> ModelOutput:
+        raise NotImplementedError
+
+    def patch_attention(self, inputs: Mapping[str, Modality]) -> dict[str, dict[str, Tensor]]:
+        """How much each group of tokens looks at each patch, streamed; without dropout.
+
+        Returns:
+            By bag or graph and by what looks at it (a gene group, a layer of latents, a pool):
+            weights [total], packed in batch order. A sample's weights sum to 1, and are absent
+            where it lacks the modality. Empty for a model that weighs no patches.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def modality_effect(
+        self, inputs: Mapping[str, Modality], *, score: Score, task: str | None = None
+    ) -> dict[str, Tensor]:
+        """Change of a score caused by each modality: with it minus with it withheld.
+
+        Args:
+            inputs: as for `forward`.
+            score: logits [B, out] of the task to [B], such as
+                `survfuse.training.risk_from_hazards`.
+            task: None for the first.
+
+        Returns:
+            By modality [B]; 0 where the sample lacks it.
+        """
+        with evaluating(self):
+            full = score(self._logits(inputs, task))
+            effects = {}
+            for name, batch in inputs.items():
+                # withheld by its mask: the rest of the batch is the very same
+                rest = {**inputs, name: withhold(batch)}
+                effects[name] = full - score(self._logits(rest, task))
+        return effects
+
+    def gradient_importance(
+        self, inputs: Mapping[str, Modality], name: str, *, score: Score, task: str | None = None
+    ) -> Tensor:
+        """Gradient of a score times the input, per column of a table.
+
+        Args:
+            inputs: as for `forward`.
+            name: a table.
+            score: logits [B, out] of the task to [B].
+            task: None for the first.
+
+        Returns:
+            [B, F], zero where the sample lacks the table.
+
+        Raises:
+            ValueError: `name` is not a table of `inputs`.
+        """
+        if not isinstance(inputs.get(name), TableBatch):
+            tables = [key for key, batch in inputs.items() if isinstance(batch, TableBatch)]
+            raise ValueError(f"name is {name!r}; it must be one of the tables in inputs: {tables}")
+        with evaluating(self), torch.enable_grad():
+            values = inputs[name].values.detach().requires_grad_()
+            batch = inputs[name]._replace(values=values)
+            total = score(self._logits({**inputs, name: batch}, task)).sum()
+            (gradient,) = torch.autograd.grad(total, values)
+        # by selection: a sample without the table may hold anything in it
+        present = inputs[name].present[:, None]
+        return torch.where(present, gradient * values.detach(), 0.0)
+
+    def _logits(self, inputs: Mapping[str, Modality], task: str | None) -> Tensor:
+        logits = self(inputs).logits
+        if task is not None and task not in logits:
+            raise ValueError(f"task is {task!r}; it must be one of {list(logits)}")
+        return logits[next(iter(logits)) if task is None else task]
+
+
+def withhold(batch: Modality) -> Modality:
+    """The modality as if no sample had it."""
+    if hasattr(batch, "ragged"):
+        none = torch.zeros_like(batch.ragged.lengths)
+        empty = batch.ragged._replace(lengths=none, total=0, max_length=0)
+        batch = batch._replace(ragged=empty)
+    return batch._replace(present=torch.zeros_like(batch.present))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; afterwards every module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
