@@ -216,6 +216,23 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
+class AugmentConfig:
+    """Random changes to every training batch; validation and test rows are never changed.
+
+    Attributes:
+        table_dropout: probability with which a column of a table is zeroed for a sample.
+        patch_dropout: share of the patches of every bag that is left out.
+        slide_shift: standard deviation of a vector added to all patches of a bag, in units of each
+            feature's own spread, as another scanner or stain would add it.
+    """
+
+    __pydantic_config__ = _STRICT
+    table_dropout: float = 0.0
+    patch_dropout: float = 0.0
+    slide_shift: float = 0.0
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """The loop.
 
@@ -233,6 +250,7 @@ class TrainingConfig:
             nothing from more than one, and lose much on a busy machine.
         checkpoint_steps: also save a checkpoint every so many optimiser steps; None saves after
             every epoch only.
+        augment: random changes to training batches.
     """
 
     __pydantic_config__ = _STRICT
@@ -247,6 +265,7 @@ class TrainingConfig:
     device: str = "auto"
     threads: int | None = None
     checkpoint_steps: int | None = None
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,14 @@ def _check_numbers(config: TrainConfig) -> None:
             raise ValueError(f"{path} is {value}; it must be above 0")
     if not 0 <= loss.alpha <= 1:
         raise ValueError(f"loss.alpha is {loss.alpha}; it must be in [0, 1]")
+    for name in ("table_dropout", "patch_dropout"):
+        value = getattr(training.augment, name)
+        if not 0 <= value < 1:
+            raise ValueError(f"training.augment.{name} is {value}; it must be in [0, 1)")
+    if not training.augment.slide_shift >= 0:
+        raise ValueError(
+            f"training.augment.slide_shift is {training.augment.slide_shift}; it must be at least 0"
+        )
     if not 0 < config.protocol.inner_fraction < 1:
         raise ValueError(
             f"protocol.inner_fraction is {config.protocol.inner_fraction}; it must be in (0, 1)"

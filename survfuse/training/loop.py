@@ -15,6 +15,7 @@ from torch import Tensor
 
 from survfuse.batch import Batch
 from survfuse.evaluation.concordance import concordance_index
+from survfuse.training.augment import augment
 from survfuse.training.checkpoint import (
     EarlyStopping,
     Progress,
@@ -179,7 +180,7 @@ def _step(state: _LoopState, window: list[np.ndarray]) -> None:
     state.optimizer.zero_grad(set_to_none=True)
     n_rows = sum(len(rows) for rows in window)
     for rows in window:
-        batch = task.prepared.batch(rows, device=task.device)
+        batch = augment(task.prepared.batch(rows, device=task.device), config.training.augment)
         logits, auxiliary = forward(task.model, batch, config, task.device)
         loss = survival_loss(logits, batch, config, state.class_weights)
         value = float(loss.detach())
