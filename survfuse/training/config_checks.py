@@ -43,6 +43,11 @@ def check(config: TrainConfig) -> None:
         raise ValueError(
             f"loss.alpha is {config.loss.alpha}; it belongs to the nll loss, the Cox loss has none"
         )
+    if config.coordination.mode != "none" and linear:
+        raise ValueError(
+            f'coordination.mode is "{config.coordination.mode}", but model.name "{model.name}" has '
+            'no two branches; it must be "none"'
+        )
     for name in config.evaluation.baselines:
         if name not in BASELINES and not name.startswith("only:"):
             raise ValueError(
