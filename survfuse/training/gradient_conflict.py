@@ -31,7 +31,7 @@ def resolve(
 ) -> Resolved:
     """Change the weaker branch's rows where they conflict with the other's.
 
-    Rows conflict where their cosine is negative, beyond the rounding of its sum in fp64.
+    Rows conflict where their cosine is negative beyond the rounding of a sum in fp64.
 
         projection  g <- g - p, p = (g . o / |o|^2) o; without a weaker branch both do this, each
                     against the other's gradient as it was
@@ -47,9 +47,8 @@ def resolve(
     of the gradient it is left of becomes zero, since it has no direction.
     """
     a, b = grad_a.double(), grad_b.double()
-    lengths = a.norm(dim=1) * b.norm(dim=1)
     noise = a.shape[1] * torch.finfo(torch.float64).eps
-    conflict = (a * b).sum(1) < -noise * lengths
+    conflict = (a * b).sum(1) < -noise * a.norm(dim=1) * b.norm(dim=1)
     either = mode == "projection" and weaker is None
     changed_a = conflict & (weaker == "a" or either)
     changed_b = conflict & (weaker == "b" or either)
@@ -82,8 +81,6 @@ def _along(g: Tensor, o: Tensor) -> Tensor:
 
 def _perpendicular(g: Tensor, o: Tensor, smallest: float) -> Tensor:
     rest = g - _along(g, o)
-    # a second time: of nearly opposite rows the first leaves mostly rounding
-    rest = rest - _along(rest, o)
     keep = rest.norm(dim=1) > smallest * g.norm(dim=1)
     return torch.where(keep[:, None], rest, 0.0)
 

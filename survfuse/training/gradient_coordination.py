@@ -212,13 +212,11 @@ class GradientCoordination:
         else:
             _check_rows("time", time, n, None)
             _check_rows("event", event, n, torch.bool)
-            # an unknown sample may hold NaN
-            rows[:, 2] = torch.where(valid, time.double(), 0.0)
-            rows[:, 3] = event.double()
+            rows[:, 2], rows[:, 3] = time, event
         for column, logits in enumerate(_branch_logits(head, features_a, features_b)):
-            values = sample_values(head.kind, logits, label).double()
-            rows[:, column] = torch.where(valid, values, 0.0)
-        rows[:, 4] = valid.double()
+            rows[:, column] = sample_values(head.kind, logits, label)
+        # a sample that does not count may have left NaN; its row is never read
+        rows[:, 4] = valid
         self._window[task].append(rows)
 
     @torch.no_grad()

@@ -97,6 +97,8 @@ def one_step(mode: str, rank: int, n_ranks: int) -> dict[str, Any]:
             "gradients": {k: p.grad.clone() for k, p in inner.named_parameters()},
             "records": {task: record._asdict() for task, record in records.items()},
         }
+    # nobody saw anything
+    found["none"] = {task: record.skipped for task, record in coordination.coordinate().items()}
     return found
 
 

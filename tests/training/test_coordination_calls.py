@@ -33,6 +33,7 @@ def test_processes_decide_alike_and_like_one(ranks, mode: str) -> None:
             one = alone[step]["records"][task]
             assert record["scores"] == pytest.approx(one["scores"], rel=1e-5)
             assert (record["conflicts"], record["modified"]) == (one["conflicts"], one["modified"])
+    assert all("no sample" in why for why in ranks[0][mode]["step"]["none"].values())
     # pairs of patients that no process could compare by itself
     survival = ranks[0][mode]["step"]["all"]["records"]["survival"]
     assert survival["skipped"] is None
