@@ -77,6 +77,11 @@ def test_no_row_of_many_conflicts_after_rounding(dtype: torch.dtype, weaker: str
     change = (found.a.double() - exact.a).norm(dim=1)
     room = 3 * torch.finfo(dtype).eps * a.double().norm(dim=1)
     assert (change <= room).all()
+    # so small that fp16 has few bits or none for them
+    tiny = [(1e-6 * rows.double()).to(dtype) for rows in (a, b)]
+    found = resolve(*tiny, mode="projection", weaker=weaker)
+    assert found.conflict.sum() > 5000
+    assert not resolve(found.a, found.b, mode="projection", weaker=weaker).conflict.any()
 
 
 @quick
