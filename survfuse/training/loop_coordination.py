@@ -17,9 +17,9 @@ from survfuse.training.gradient_coordination import CoordinatedHead, GradientCoo
 class LoopCoordination:
     """Gradient coordination of a model that is trained by the loop.
 
-    The model names its branches (`branches`, two names), returns the features of both under these
-    names in `ModelOutput.embeddings`, and reads them out by `readout.tasks[task]`, a Linear over
-    both side by side. A sample that lacks any modality counts in no score.
+    The model names its branches (`branches`, two names or two modules by name), returns the
+    features of both under these names in `ModelOutput.embeddings`, and reads them out by
+    `readout.tasks[task]`, a Linear over both side by side in that order. A sample that lacks any modality counts in no score.
 
     Raises:
         ConfigError: the model has no two branches.
@@ -27,13 +27,13 @@ class LoopCoordination:
 
     def __init__(self, config: TrainConfig, model: nn.Module) -> None:
         check_branches(config, model)
-        self.branches = model.branches
+        self.branches = tuple(model.branches)
         heads = {
             task: CoordinatedHead(kind, (head := model.readout.tasks[task]).weight, head.bias)
             for task, kind in _kinds(config).items()
         }
         self.coordination = GradientCoordination(
-            heads, branches=model.branches, mode=config.coordination.mode
+            heads, branches=self.branches, mode=config.coordination.mode
         )
         self._features: list[Tensor] = []
         model.register_forward_hook(self._keep_features)
@@ -79,8 +79,9 @@ def check_branches(config: TrainConfig, model: nn.Module) -> None:
     """
     if config.coordination.mode == "none":
         return
-    branches, readout = getattr(model, "branches", None), getattr(model, "readout", None)
-    named = isinstance(branches, tuple) and len(branches) == 2
+    # of a ModuleDict its names
+    branches, readout = tuple(getattr(model, "branches", ())), getattr(model, "readout", None)
+    named = len(branches) == 2 and all(isinstance(name, str) for name in branches)
     # a normalisation would stand between the features and the columns that read them
     plain = getattr(readout, "norm", None) is None
     tasks = dict(getattr(readout, "tasks", {}))

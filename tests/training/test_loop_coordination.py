@@ -148,6 +148,17 @@ def test_models_without_two_branches_are_refused_before_training(tmp_path: Path,
     assert not (tmp_path / "run").exists()
 
 
+def test_branches_may_be_modules_by_name() -> None:
+    model = nn.Module()
+    model.readout = TaskHeads(8, {"survival": 3})
+    model.branches = nn.ModuleDict({"tumor": nn.Identity(), "immune": nn.Identity()})
+    assert LoopCoordination(config(), model).branches == ("tumor", "immune")
+    # two modules in a list have no names
+    model.branches = nn.ModuleList([nn.Identity(), nn.Identity()])
+    with pytest.raises(ConfigError, match="has no two branches"):
+        LoopCoordination(config(), model)
+
+
 @pytest.mark.parametrize("wrong", ["norm", "odd", "other task"])
 def test_a_readout_that_is_not_of_two_branches_is_refused(wrong: str) -> None:
     model = TwoBranches(MeanPoolConfig({"genes": ("table", 6)}, {"survival": 3}))
