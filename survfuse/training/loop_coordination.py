@@ -19,7 +19,8 @@ class LoopCoordination:
 
     The model names its branches (`branches`, two names or two modules by name), returns the
     features of both under these names in `ModelOutput.embeddings`, and reads them out by
-    `readout.tasks[task]`, a Linear over both side by side in that order. A sample that lacks any modality counts in no score.
+    `readout.tasks[task]`, a Linear over both side by side in that order. A sample that lacks any
+    modality counts in no score.
 
     Raises:
         ConfigError: the model has no two branches.
