@@ -19,6 +19,7 @@ def check(config: TrainConfig) -> None:
     _check_numbers(config)
     data, protocol, model = config.data, config.protocol, config.model
     _check_preset(model)
+    _check_coordination(config)
     linear = model.name in ("clinical_cox", "elastic_net_cox")
     if data.source in ("tcga_omics", "survpath") and not data.cohort:
         raise ValueError(
@@ -42,11 +43,6 @@ def check(config: TrainConfig) -> None:
     if config.loss.name == "cox" and config.loss.alpha:
         raise ValueError(
             f"loss.alpha is {config.loss.alpha}; it belongs to the nll loss, the Cox loss has none"
-        )
-    if config.coordination.mode != "none" and linear:
-        raise ValueError(
-            f'coordination.mode is "{config.coordination.mode}", but model.name "{model.name}" has '
-            'no two branches; it must be "none"'
         )
     for name in config.evaluation.baselines:
         if name not in BASELINES and not name.startswith("only:"):
@@ -92,6 +88,17 @@ def _check_preset(model: ModelConfig) -> None:
     if model.preset.lower() not in known:
         raise ValueError(
             f'model.preset is "{model.preset}"; it must be null or one of {", ".join(known)}'
+        )
+
+
+def _check_coordination(config: TrainConfig) -> None:
+    """Of models without a network; the others are asked once they are built."""
+    from survfuse.models.registry import MODELS
+
+    if config.coordination.mode != "none" and config.model.name not in MODELS:
+        raise ValueError(
+            f'coordination.mode is "{config.coordination.mode}", but model.name '
+            f'"{config.model.name}" has no two branches; it must be "none"'
         )
 
 
