@@ -269,6 +269,20 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class CoordinationConfig:
+    """Gradient coordination of models with two branches; `GradientCoordination`.
+
+    Attributes:
+        mode: "none"; "projection", where the branches' gradients of a row of the classifier
+            conflict, that of the branch that scores lower loses its part along the other;
+            "released", what the public code does to it instead.
+    """
+
+    __pydantic_config__ = _STRICT
+    mode: Literal["none", "projection", "released"] = "none"
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """The report.
 
@@ -302,6 +316,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    coordination: CoordinationConfig = field(default_factory=CoordinationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     title: str = ""
     notes: str = ""

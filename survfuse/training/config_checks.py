@@ -19,6 +19,7 @@ def check(config: TrainConfig) -> None:
     _check_numbers(config)
     data, protocol, model = config.data, config.protocol, config.model
     _check_preset(model)
+    _check_coordination(config)
     linear = model.name in ("clinical_cox", "elastic_net_cox")
     if data.source in ("tcga_omics", "survpath") and not data.cohort:
         raise ValueError(
@@ -87,6 +88,17 @@ def _check_preset(model: ModelConfig) -> None:
     if model.preset.lower() not in known:
         raise ValueError(
             f'model.preset is "{model.preset}"; it must be null or one of {", ".join(known)}'
+        )
+
+
+def _check_coordination(config: TrainConfig) -> None:
+    """Of models without a network; the others are asked once they are built."""
+    from survfuse.models.registry import MODELS
+
+    if config.coordination.mode != "none" and config.model.name not in MODELS:
+        raise ValueError(
+            f'coordination.mode is "{config.coordination.mode}", but model.name '
+            f'"{config.model.name}" has no two branches; it must be "none"'
         )
 
 

@@ -23,6 +23,7 @@ from survfuse.training.checkpoint import (
     save_checkpoint,
 )
 from survfuse.training.config import TrainConfig
+from survfuse.training.loop_coordination import LoopCoordination
 from survfuse.training.losses import class_weights_of, cox_loss, nll_loss, risk_from_hazards
 from survfuse.training.run_folder import FoldFolder, MetricsLog
 from survfuse.training.schedule import apply_schedule, make_optimizer
@@ -120,6 +121,9 @@ class _LoopState:
         self.task = task
         self.stopping = stopping
         self.progress = Progress()
+        self.coordination: LoopCoordination | None = None
+        if task.config.coordination.mode != "none":
+            self.coordination = LoopCoordination(task.config, task.model)
         self.optimizer = make_optimizer(list(task.model.parameters()), task.config.optimizer)
         self.class_weights = _class_weights(task)
         self.n_batches = -(-len(task.train) // settings.batch_size)
@@ -136,6 +140,7 @@ class _LoopState:
                 "stopping": self.stopping.state(),
                 "progress": self.progress.state(),
                 "random": random_state(),
+                "coordination": self.coordination and self.coordination.state_dict(),
             },
         )
 
@@ -145,6 +150,8 @@ class _LoopState:
         self.stopping.restore(content["stopping"])
         self.progress = Progress.from_state(content["progress"])
         restore_random_state(content["random"])
+        if self.coordination is not None:
+            self.coordination.load_state_dict(content["coordination"])
 
 
 def _train_epoch(state: _LoopState) -> None:
@@ -192,9 +199,13 @@ def _step(state: _LoopState, window: list[np.ndarray]) -> None:
             norms = sum(parameter.abs().sum() for parameter in task.model.parameters())
             total = total + config.loss.l1 * norms
         total.backward()
+        if state.coordination is not None:
+            state.coordination.observe(batch)
         progress.loss_sum += value * len(rows)
         progress.risks.append(risk_of(logits.detach(), config).float().cpu())
         progress.batch += 1
+    if state.coordination is not None:
+        state.coordination.coordinate()
     if config.training.clip_norm is not None:
         torch.nn.utils.clip_grad_norm_(task.model.parameters(), config.training.clip_norm)
     state.optimizer.step()
@@ -214,6 +225,8 @@ def _end_of_epoch(state: _LoopState) -> dict[str, Any]:
         "train_loss": progress.loss_sum / len(order),
         "train_c_index": _c_index(risks, task.prepared, order),
     }
+    if state.coordination is not None:
+        record |= state.coordination.epoch_record()
     if len(task.validation):
         try:
             logits = predict_logits(task.model, task.prepared, task.validation, config, task.device)

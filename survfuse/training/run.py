@@ -16,7 +16,7 @@ from survfuse.data.splits import Split
 from survfuse.evaluation.comparison import Comparison
 from survfuse.evaluation.predictions import Predictions
 from survfuse.evaluation.report import Report
-from survfuse.training.config import ModelConfig, TrainConfig
+from survfuse.training.config import CoordinationConfig, ModelConfig, TrainConfig
 from survfuse.training.config_files import (
     ConfigError,
     absolute_paths,
@@ -162,7 +162,7 @@ def baseline_config(config: TrainConfig, name: str, modalities: list[str]) -> Tr
     Raises:
         ConfigError: "only:<modality>" names another.
     """
-    model, data = ModelConfig(name=name), config.data
+    model, data, coordination = ModelConfig(name=name), config.data, CoordinationConfig()
     if name.startswith("only:"):
         modality = name.partition(":")[2]
         if modality not in modalities:
@@ -170,10 +170,12 @@ def baseline_config(config: TrainConfig, name: str, modalities: list[str]) -> Tr
                 f'evaluation.baselines holds "{name}"; the modalities are {", ".join(modalities)}'
             )
         model, data = config.model, dataclasses.replace(data, modalities=(modality,))
+        coordination = config.coordination
     return dataclasses.replace(
         config,
         data=data,
         model=model,
+        coordination=coordination,
         evaluation=dataclasses.replace(config.evaluation, baselines=(), figures=False),
         title=name,
     )
