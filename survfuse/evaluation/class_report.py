@@ -196,7 +196,7 @@ def class_report_markdown(report: ClassReport) -> str:
         "",
     ]
     intervals = [getattr(report, name) for name in names]
-    method = next((one.method for one in intervals if one is not None), None)
+    method = next((one.method for one in intervals if one and one.low is not None), None)
     if method is not None:
         lines += [f"Interval: {method}.", ""]
     lines += [f"* {note}" for note in report.notes]

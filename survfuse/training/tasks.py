@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from survfuse.extras import require
 from survfuse.training.config import TaskConfig, TrainConfig
 
 if TYPE_CHECKING:
@@ -90,9 +91,12 @@ def check_known(config: TrainConfig, cohort: Cohort, splits: Sequence[Split]) ->
     Raises:
         ConfigError: the training rows of a split are of fewer than two classes, or no test row's
             class is known.
+        ImportError: scikit-learn is not installed, which their metrics need.
     """
     from survfuse.training.config_files import ConfigError
 
+    if class_tasks(config):
+        require("sklearn.metrics", extra="train")
     for name in class_tasks(config):
         target = cohort.targets[name]
         for number, split in enumerate(splits):
