@@ -22,6 +22,7 @@ from survfuse.data.modalities import (
 )
 from survfuse.data.names import shorten, unknown_name
 from survfuse.data.preprocessing import DEFAULT_CLIP, TablePreprocessor
+from survfuse.data.targets import ClassTarget, check_targets, matching_targets
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,6 +45,7 @@ class Cohort:
         modalities: name to `TableModality`, `BagModality`, `ArrayModality` or `GraphModality`.
         name: what it is, for reports.
         notes: what a report must say about the data, for example that bags are simulated.
+        targets: name to the class of every row: a diagnosis, a grade. Not given to a model.
 
     Raises (when made):
         ValueError: lengths differ, a unit id occurs twice, a time is NaN or negative, an event is
@@ -59,6 +61,7 @@ class Cohort:
     modalities: Mapping[str, Source]
     name: str = "cohort"
     notes: tuple[str, ...] = field(default=())
+    targets: Mapping[str, ClassTarget] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         time, event = check_survival(self.time, self.event, unit_ids=self.unit_ids)
@@ -81,6 +84,7 @@ class Cohort:
         for what, length in lengths.items():
             if length != n:
                 raise ValueError(f"{what} has {length} rows and time {n}; they must be the same")
+        check_targets(self.targets, n)
         if len(set(self.unit_ids)) != n:
             twice = next(u for u in self.unit_ids if self.unit_ids.count(u) > 1)
             raise ValueError(f"unit_ids holds {twice!r} twice; every row must have its own name")
@@ -161,6 +165,7 @@ class Cohort:
             event=self.event[rows],
             covariates=self.covariates.iloc[rows],
             modalities={name: source.subset(rows) for name, source in self.modalities.items()},
+            targets={name: target.subset(rows) for name, target in self.targets.items()},
         )
 
     def summary(self) -> dict[str, Any]:
@@ -179,6 +184,10 @@ class Cohort:
                 }
                 for name, source in self.modalities.items()
             },
+            "targets": {
+                name: {"classes": target.counts(), "unknown": int((~target.known).sum())}
+                for name, target in self.targets.items()
+            },
             "notes": list(self.notes),
         }
 
@@ -186,7 +195,7 @@ class Cohort:
         self,
         train_rows: ArrayLike | None,
         *,
-        n_bins: int = 4,
+        n_bins: int | None = 4,
         bin_rows: ArrayLike | None = None,
         impute: Literal["mean", "median", "zero"] = "mean",
         clip: float | None = DEFAULT_CLIP,
@@ -200,7 +209,7 @@ class Cohort:
 
         Args:
             train_rows: indices or a mask; None takes all rows.
-            n_bins: number of time bins.
+            n_bins: number of time bins; None where nothing reads them: one bin, no event needed.
             bin_rows: rows whose uncensored times set the bin edges, where they are not the
                 training rows: all rows in the `mcat` protocol. None takes `train_rows`.
             impute, clip, scale, select: as in `TablePreprocessor.fit`, for every table.
@@ -213,9 +222,12 @@ class Cohort:
         if train.size == 0:
             raise ValueError("train_rows is empty; there must be at least one training row")
         fit_on = train if bin_rows is None else row_indices(bin_rows, len(self), "bin_rows")
-        labels, edges = discretize_survival(
-            self.time, event=self.event, n_bins=n_bins, fit_on=fit_on
-        )
+        if n_bins is None:
+            labels, edges = np.zeros(len(self), dtype=np.int64), np.array([0.0, np.inf])
+        else:
+            labels, edges = discretize_survival(
+                self.time, event=self.event, n_bins=n_bins, fit_on=fit_on
+            )
         fitted = {}
         for name, source in self.modalities.items():
             if not isinstance(source, TableModality):
@@ -275,6 +287,9 @@ class PreparedCohort:
         self._time = torch.from_numpy(cohort.time.astype(np.float32))
         self._event = torch.from_numpy(cohort.event)
         self._label = torch.from_numpy(labels)
+        self._targets = {
+            name: torch.from_numpy(target.labels) for name, target in cohort.targets.items()
+        }
 
     def __len__(self) -> int:
         return len(self.cohort)
@@ -332,8 +347,9 @@ class PreparedCohort:
                 inputs[name] = TableBatch(table.values[index], table.present[index]).to(device)
             else:
                 inputs[name] = self.cohort.modalities[name].batch(rows, device=device)
-        targets = (self._time[index], self._event[index], self._label[index], index)
-        return Batch(inputs, *(tensor.to(device) for tensor in targets))
+        outcomes = (self._time[index], self._event[index], self._label[index], index)
+        targets = {name: label[index].to(device) for name, label in self._targets.items()}
+        return Batch(inputs, *(tensor.to(device) for tensor in outcomes), targets)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -348,6 +364,10 @@ class PreparedCohort:
                 if isinstance(source, ArrayModality)
             },
             "tables": {name: fitted.state() for name, fitted in self.preprocessors.items()},
+            "targets": {
+                name: {"classes": list(target.classes), "ordinal": target.ordinal}
+                for name, target in self.cohort.targets.items()
+            },
         }
 
     @classmethod
@@ -356,6 +376,7 @@ class PreparedCohort:
 
         Tables are matched by column name, whatever their order; further columns are ignored. A
         modality that the cohort lacks is absent from every row; one the state lacks is left out.
+        Targets are matched by name: a class the state does not have is unknown.
 
         Args:
             cohort: the cohort.
@@ -388,7 +409,8 @@ class PreparedCohort:
                 )
             else:
                 modalities[name] = source
-        cohort = cohort._replace(modalities=modalities)
+        targets = matching_targets(cohort.targets, state.get("targets", {}), len(cohort))
+        cohort = cohort._replace(modalities=modalities, targets=targets)
         return cls(cohort, assign_bins(cohort.time, edges), edges, fitted, cohort.channels())
 
 

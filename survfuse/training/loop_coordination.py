@@ -12,6 +12,7 @@ from survfuse.batch import Batch, ModelOutput
 from survfuse.training.config import TrainConfig
 from survfuse.training.config_files import ConfigError
 from survfuse.training.gradient_coordination import CoordinatedHead, GradientCoordination
+from survfuse.training.tasks import tasks_of
 
 
 class LoopCoordination:
@@ -45,7 +46,12 @@ class LoopCoordination:
         valid = torch.stack(present).all(0)
         for task in self.coordination.heads:
             self.coordination.observe(
-                task, *self._features, time=batch.time, event=batch.event, valid=valid
+                task,
+                *self._features,
+                time=batch.time,
+                event=batch.event,
+                label=batch.targets.get(task),
+                valid=valid,
             )
         self._features = []
 
@@ -96,5 +102,9 @@ def check_branches(config: TrainConfig, model: nn.Module) -> None:
 
 
 def _kinds(config: TrainConfig) -> dict[str, str]:
-    """What the outputs of every task are."""
-    return {"survival": "cox" if config.loss.name == "cox" else "survival"}
+    """How each task scores its branches."""
+    survival = "cox" if config.loss.name == "cox" else "survival"
+    return {
+        name: survival if task.kind == "survival" else task.kind
+        for name, task in tasks_of(config).items()
+    }

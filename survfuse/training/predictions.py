@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
+from survfuse.evaluation.class_predictions import ClassFold, ClassPredictions, ClassTable
 from survfuse.evaluation.predictions import FoldPredictions, PatientTable, Predictions
 from survfuse.extras import require
 from survfuse.training.config import TrainConfig
 from survfuse.training.config_files import load_config
 from survfuse.training.device import pick_device
-from survfuse.training.loop import predict_logits, risk_of
+from survfuse.training.folds import FoldPlan
+from survfuse.training.loop import predict_logits
 from survfuse.training.model import NEURAL, build_model
 from survfuse.training.protocols import leaks
 from survfuse.training.run_folder import RunFolder, RunFolderError, read_json
+from survfuse.training.task_losses import probabilities_of, risk_of
+from survfuse.training.tasks import class_tasks, survival_task
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,18 +52,38 @@ def unit_table(
     )
 
 
+class Scored(NamedTuple):
+    """Rows of a cohort with what was predicted for them."""
+
+    survival: PatientTable | None  # None for a run without a survival task
+    classes: dict[str, ClassTable]  # by task
+
+
 def score_rows(
     model: torch.nn.Module,
     config: TrainConfig,
     prepared: PreparedCohort,
     rows: np.ndarray,
     device: torch.device,
-) -> PatientTable:
+) -> Scored:
     """Predict rows of a prepared cohort with a neural model; hazards come with their logits."""
     logits = predict_logits(model, prepared, rows, config, device)
-    risk = risk_of(logits, config).double().numpy()
-    hazards = logits.double().numpy() if config.loss.name == "nll" else None
-    return unit_table(prepared, rows, risk, hazards)
+    survival, name = None, survival_task(config)
+    if name is not None:
+        risk = risk_of(logits[name], config).double().numpy()
+        hazards = logits[name].double().numpy() if config.loss.name == "nll" else None
+        survival = unit_table(prepared, rows, risk, hazards)
+    cohort = prepared.cohort
+    classes = {
+        name: ClassTable(
+            unit_ids=[cohort.unit_ids[row] for row in rows],
+            patient_ids=[cohort.patient_ids[row] for row in rows],
+            label=cohort.targets[name].labels[rows],
+            probabilities=probabilities_of(logits[name], task.kind),
+        )
+        for name, task in class_tasks(config).items()
+    }
+    return Scored(survival, classes)
 
 
 def make_predictions(config: TrainConfig, folds: Sequence[FoldPredictions]) -> Predictions:
@@ -71,8 +95,49 @@ def make_predictions(config: TrainConfig, folds: Sequence[FoldPredictions]) -> P
         protocol=config.protocol.name,
         folds=folds,
         endpoint=ENDPOINTS[config.data.endpoint],
-        leakage=" ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in leaks(config)),
+        leakage=_leakage(config),
     )
+
+
+def make_class_predictions(
+    config: TrainConfig, cohort: Cohort, task: str, folds: Sequence[ClassFold]
+) -> ClassPredictions:
+    """Folds of a class task as evaluation reads them, with what the protocol leaks."""
+    target = cohort.targets[task]
+    return ClassPredictions(
+        task=task,
+        model=config.label,
+        protocol=config.protocol.name,
+        classes=target.classes,
+        folds=folds,
+        ordinal=target.ordinal,
+        leakage=_leakage(config),
+    )
+
+
+def gather_predictions(
+    config: TrainConfig, folder: RunFolder, cohort: Cohort, plans: Sequence[FoldPlan]
+) -> tuple[Predictions | None, dict[str, ClassPredictions]]:
+    """Join the predictions of all finished folds and write them into the run folder.
+
+    Returns:
+        Those of survival, None for a run without, and those of every class task.
+    """
+    paths = [folder.fold(plan.seed, plan.fold).path for plan in plans]
+    survival = None
+    if survival_task(config) is not None:
+        survival = make_predictions(config, [Predictions.load(path).folds[0] for path in paths])
+        survival.save(folder.path)
+    classes = {}
+    for task in class_tasks(config):
+        folds = [ClassPredictions.load(path, task).folds[0] for path in paths]
+        classes[task] = make_class_predictions(config, cohort, task, folds)
+        classes[task].save(folder.path)
+    return survival, classes
+
+
+def _leakage(config: TrainConfig) -> str:
+    return " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in leaks(config))
 
 
 ENDPOINTS = {
@@ -98,7 +163,8 @@ def predict(
 
     Returns:
         A frame with one row per seed, fold and row of the cohort: seed, fold, unit_id, patient_id,
-        time, event, risk and the logits.
+        time, event, risk and the logits; of a class task the probability of every class,
+        `<task>_<class>`.
 
     Raises:
         TypeError: `cohort` is no cohort.
@@ -125,21 +191,26 @@ def predict(
         prepared = PreparedCohort.from_state(cohort, read_json(files.preprocessing))
         model = build_model(config, prepared).to(where)
         model.load_state_dict(torch.load(files.weights, map_location=where, weights_only=True))
-        table = score_rows(model, config, prepared, rows, where)
+        scored = score_rows(model, config, prepared, rows, where)
         frame = pd.DataFrame(
             {
                 "seed": record["seed"],
                 "fold": record["fold"],
-                "unit_id": table.unit_ids,
-                "patient_id": table.patient_ids,
-                "time": table.time,
-                "event": table.event,
-                "risk": table.risk,
+                "unit_id": cohort.unit_ids,
+                "patient_id": cohort.patient_ids,
+                "time": cohort.time,
+                "event": cohort.event,
             }
         )
-        if table.logits is not None:
-            for k, column in enumerate(table.logits.T):
+        if scored.survival is not None:
+            frame["risk"] = scored.survival.risk
+            hazards = scored.survival.logits
+            for k, column in enumerate([] if hazards is None else hazards.T):
                 frame[f"logit_{k}"] = column
+        for task, table in scored.classes.items():
+            names = prepared.cohort.targets[task].classes
+            for name, column in zip(names, table.probabilities.T):
+                frame[f"{task}_{name}"] = column
         parts.append(frame)
     if not parts:
         raise RunFolderError(f"{run.path} holds no finished fold; resume the run")

@@ -6,13 +6,15 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from survfuse.data.splits import Split
+from survfuse.evaluation.class_predictions import ClassPredictions
+from survfuse.evaluation.class_report import ClassReport
 from survfuse.evaluation.comparison import Comparison
 from survfuse.evaluation.predictions import Predictions
 from survfuse.evaluation.report import Report
@@ -27,8 +29,8 @@ from survfuse.training.device import bags_to_device, pick_device
 from survfuse.training.folds import FoldPlan, plan_folds
 from survfuse.training.identity import fingerprint, fingerprint_folds
 from survfuse.training.model import NEURAL, check_modality_names, check_model
-from survfuse.training.predictions import make_predictions
-from survfuse.training.report import oracle_concordance, write_reports
+from survfuse.training.predictions import gather_predictions
+from survfuse.training.report import oracle_concordance, write_class_reports, write_reports
 from survfuse.training.run_folder import (
     RunFolder,
     RunFolderError,
@@ -40,6 +42,7 @@ from survfuse.training.run_folder import (
 )
 from survfuse.training.run_folds import Progress, prepare, run_folds
 from survfuse.training.sources import LoadedCohort, load_cohort
+from survfuse.training.tasks import LINEAR, check_known, survival_only, with_targets
 
 if TYPE_CHECKING:
     from survfuse.data.cohort import Cohort, PreparedCohort
@@ -52,22 +55,26 @@ class RunResult:
     Attributes:
         folder: where everything lies.
         config: as it was run.
-        predictions: of every seed and fold, for test and training rows.
+        predictions: of every seed and fold, for test and training rows; None for a run without a
+            survival task.
         metrics: one record per seed, fold and epoch.
-        report: metrics with intervals.
-        comparison: the run against each of its baselines; None without any.
+        report: metrics with intervals; of the first class task for a run without survival.
+        comparison: the run's survival against each of its baselines'; None without any.
         oracles: simulated cohorts: C of the best possible risks on the test rows.
         baselines: the finished run of every baseline by name.
+        class_predictions, class_reports: of every class task by name.
     """
 
     folder: Path
     config: TrainConfig
-    predictions: Predictions
+    predictions: Predictions | None
     metrics: list[dict[str, Any]]
-    report: Report
+    report: Report | ClassReport
     comparison: Comparison | None
     oracles: dict[str, float] | None
     baselines: dict[str, RunResult]
+    class_predictions: dict[str, ClassPredictions] = field(default_factory=dict)
+    class_reports: dict[str, ClassReport] = field(default_factory=dict)
 
 
 def fit(
@@ -163,6 +170,8 @@ def baseline_config(config: TrainConfig, name: str, modalities: list[str]) -> Tr
         ConfigError: "only:<modality>" names another.
     """
     model, data, coordination = ModelConfig(name=name), config.data, CoordinationConfig()
+    if name in LINEAR:
+        config = survival_only(config)
     if name.startswith("only:"):
         modality = name.partition(":")[2]
         if modality not in modalities:
@@ -200,6 +209,7 @@ def plan_run(config: TrainConfig, loaded: LoadedCohort) -> RunPlan:
     """
     device = pick_device(config.training.device)
     folds = plan_folds(config, loaded.cohort, loaded.split)
+    check_known(config, loaded.cohort, [plan.split for plan in folds])
     baselines = {
         name: baseline_config(config, name, list(loaded.cohort.modalities))
         for name in config.evaluation.baselines
@@ -229,7 +239,7 @@ def _given_cohort(config: TrainConfig, cohort: Cohort, split: Split | None) -> L
             '"patients", "sites", "rows" or "published"'
         )
     chosen = cohort.only(config.data.modalities) if config.data.modalities else cohort
-    return LoadedCohort(chosen, split, None, given=True)
+    return LoadedCohort(with_targets(config, chosen), split, None, given=True)
 
 
 def _run(
@@ -261,9 +271,7 @@ def _locked_run(
         cohort = bags_to_device(cohort, device)
     with _threads(environment["threads"]):
         run_folds(config, folder, cohort, plans, device, progress)
-    folds = [Predictions.load(folder.fold(plan.seed, plan.fold).path).folds[0] for plan in plans]
-    predictions = make_predictions(config, folds)
-    predictions.save(folder.path)
+    predictions, class_predictions = gather_predictions(config, folder, loaded.cohort, plans)
     metrics = read_metrics(folder.metrics)
     if metrics:
         write_metrics_table(metrics, folder.metrics_table)
@@ -277,20 +285,31 @@ def _locked_run(
         baselines[name] = _run(
             baseline, folder.baseline(name), reduced, progress, threads=environment["threads"]
         )
-    oracles = None
-    if loaded.oracle is not None:
-        oracles = oracle_concordance(loaded.cohort, plans, loaded.oracle)
-    report, comparison = write_reports(
-        folder,
-        config,
-        loaded.cohort,
-        predictions,
-        oracles=oracles,
-        baselines={name: result.report for name, result in baselines.items()},
-        baseline_predictions={name: result.predictions for name, result in baselines.items()},
-    )
+    class_reports = write_class_reports(folder, config, loaded.cohort, class_predictions)
+    report, comparison, oracles = next(iter(class_reports.values()), None), None, None
+    if predictions is not None:
+        if loaded.oracle is not None:
+            oracles = oracle_concordance(loaded.cohort, plans, loaded.oracle)
+        report, comparison = write_reports(
+            folder,
+            config,
+            loaded.cohort,
+            predictions,
+            oracles=oracles,
+            baselines={name: result.report for name, result in baselines.items()},
+            baseline_predictions={name: result.predictions for name, result in baselines.items()},
+        )
     return RunResult(
-        folder.path, config, predictions, metrics, report, comparison, oracles, baselines
+        folder.path,
+        config,
+        predictions,
+        metrics,
+        report,
+        comparison,
+        oracles,
+        baselines,
+        class_predictions,
+        class_reports,
     )
 
 

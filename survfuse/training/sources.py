@@ -12,10 +12,12 @@ from survfuse.data.splits import Split
 from survfuse.extras import require
 from survfuse.training.config import DataConfig, TrainConfig
 from survfuse.training.config_files import ConfigError
+from survfuse.training.tasks import class_tasks, with_targets
 
 if TYPE_CHECKING:
     from survfuse.data.bags import Bags
     from survfuse.data.cohort import Cohort
+    from survfuse.data.targets import ClassTarget
 
 SMOKE_TEST_NOTE = (
     "regions of {slides} real slides with invented follow-up: a smoke test of the way from a slide "
@@ -35,7 +37,7 @@ class LoadedCohort(NamedTuple):
 
 
 def load_cohort(config: TrainConfig) -> LoadedCohort:
-    """The cohort of `config.data`, with the modalities it asks for.
+    """The cohort of `config.data`, with the modalities and targets that the run asks for.
 
     Raises:
         ConfigError: a setting does not fit the source.
@@ -56,7 +58,7 @@ def load_cohort(config: TrainConfig) -> LoadedCohort:
             cohort = cohort.only(config.data.modalities)
         except ValueError as error:
             raise ConfigError(f"data.modalities: {error}") from None
-    return loaded._replace(cohort=cohort)
+    return loaded._replace(cohort=with_targets(config, cohort))
 
 
 def _simulated(config: TrainConfig) -> LoadedCohort:
@@ -95,12 +97,29 @@ def _tcga(config: TrainConfig) -> LoadedCohort:
         rows=config.protocol.rows,
         tables=data.tables,
         types=data.types or None,
+        exclude=data.exclude,
         outcomes=outcomes,
         endpoint=data.endpoint,
         missing_outcome="error" if outcomes is None else "drop",
         bags=_bag_path(data),
     )
+    if data.cohort == "gbmlgg":
+        cohort = cohort._replace(targets=_glioma_targets(config, cohort, folder))
     return LoadedCohort(cohort, None, None)
+
+
+def _glioma_targets(config: TrainConfig, cohort: Cohort, folder: Path) -> dict[str, ClassTarget]:
+    """The diagnosis and the grade where a task asks for them."""
+    from survfuse.data.glioma import glioma_diagnosis, glioma_grade
+
+    wanted = {task.target or name for name, task in class_tasks(config).items()}
+    found = {}
+    if "diagnosis" in wanted:
+        found["diagnosis"] = glioma_diagnosis(cohort)
+    if "grade" in wanted:
+        # a workbook of all of TCGA: seconds, so only for those who ask
+        found["grade"] = glioma_grade(cohort, folder / "tcga_cdr" / "outcome.xlsx")
+    return found
 
 
 def _survpath(config: TrainConfig) -> LoadedCohort:
@@ -113,6 +132,7 @@ def _survpath(config: TrainConfig) -> LoadedCohort:
         metadata=folder / f"tcga_{data.cohort}.csv",
         rows=config.protocol.rows,
         tables=data.tables,
+        exclude=data.exclude,
         endpoint=data.endpoint,
         missing_outcome="drop",
         bags=_bag_path(data),
