@@ -7,6 +7,7 @@ slide image classification", NeurIPS 2021, algorithms 1 to 3. The attention is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
@@ -219,7 +220,7 @@ def to_squares(ragged: Ragged) -> Squares:
     Row 0 is the class token and row 1 + i the i-th packed patch.
     """
     lengths = ragged.lengths.tolist()
-    sides = [_root(length) for length in lengths]
+    sides = [math.isqrt(length - 1) + 1 if length else 0 for length in lengths]
     counts = [side * side + 1 for side in sides]
     sequences = Ragged.from_lengths(counts, device=ragged.lengths.device)
     place, _ = index_in_bag(sequences)
@@ -228,12 +229,6 @@ def to_squares(ragged: Ragged) -> Squares:
     start = ragged.packed().starts.repeat_interleave(sequences.lengths, **repeats)
     wrapped = 1 + start + (place - 1) % length.clamp(min=1)
     return Squares(torch.where(place == 0, 0, wrapped), sequences, sides)
-
-
-def _root(length: int) -> int:
-    """The smallest side of a square of at least so many cells."""
-    side = round(length**0.5)
-    return side if side * side >= length else side + 1
 
 
 class AttentionLayer(nn.Module):
@@ -300,10 +295,10 @@ class SquareConvolution(nn.Module):
         """Sequences [total, dim], each of a class token, which stays, and a square of rows."""
         kernel, bias = self._merged()  # [dim, 1, 7, 7], [dim]
         dim, found = x.shape[1], []
-        for part in x.split([side * side + 1 for side in sides]):
+        parts = x.split([side * side + 1 for side in sides])
+        for side, part in zip(sides, parts, strict=True):
             found.append(part[:1])  # [1, dim]
-            if len(part) > 1:
-                side = int((len(part) - 1) ** 0.5 + 0.5)
+            if side:
                 square = part[1:].view(1, side, side, dim).permute(0, 3, 1, 2)  # [1, dim, s, s]
                 square = functional.conv2d(square, kernel, bias, padding=3, groups=dim)
                 found.append(square[0].flatten(1).T)  # [s * s, dim]
