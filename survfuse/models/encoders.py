@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from survfuse.layers.fourier import fourier_channels
 from survfuse.layers.gated_attention_pool import GatedAttentionPool
@@ -64,10 +63,15 @@ class PatchPool(nn.Module):
     def projected(self, tokens: Tokens) -> tuple[Tensor, Ragged]:
         """The projected tokens [total, dim], packed in batch order, and their ranges."""
         bag, ragged = as_packed(tokens.features, tokens.ragged)
-        rows = project_bag(bag, self.project.weight, self.project.bias, ragged=ragged)
-        # scaling what is kept commutes with the rectifier, which then keeps the only copy
-        rows = functional.relu(functional.dropout(rows, self.dropout, self.training))
-        return rows, ragged.packed()
+        dropout = self.dropout if self.training else 0.0
+        # what is not dropped is scaled by way of the weights, which commutes with the rectifier:
+        # both are one mask of single bytes, and nothing else of the bag's length is kept
+        weight, bias = (p / (1.0 - dropout) for p in (self.project.weight, self.project.bias))
+        rows = project_bag(bag, weight, bias, ragged=ragged)
+        zeros = rows <= 0
+        if dropout > 0:
+            zeros |= torch.empty_like(zeros).bernoulli_(dropout)
+        return rows.masked_fill(zeros, 0.0), ragged.packed()
 
 
 class VectorEncoder(nn.Module):
