@@ -100,7 +100,7 @@ class ABMIL(FusionModel):
         config: see `ABMILConfig`.
 
     Cost:
-        The projected bag is the only thing of its length that is kept.
+        One projected bag is kept for the backward, and a byte per number of it.
 
     Example:
         >>> import torch

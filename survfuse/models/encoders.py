@@ -1,4 +1,4 @@
-"""What makes one vector of one modality, for models that fuse vectors."""
+"""What makes one vector of one modality: a pool of tokens, or a network over a row of columns."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ class CommonTokens(nn.Module):
     def absorb(self, weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
         """Weight [H, d, C] and bias [H, d] on own tokens, of a weight [H, d, width] on common ones.
 
-        Source: W (P x + c) = (W P) x + W c; of padded tokens the columns of W behind x see zeros.
+        W (P x + c) = (W P) x + W c; of padded tokens, the columns of W behind x see zeros.
         """
         m = self.names.index(name)
         code = self.codes[m]

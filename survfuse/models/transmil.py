@@ -126,8 +126,8 @@ class TransMIL(FusionModel):
         config: see `TransMILConfig`.
 
     Cost:
-        O(N (landmarks + kernels) dim) operations, and some twenty numbers x N x dim kept for the
-        backward. The lengths of the bags are read on the host once per batch.
+        O(N (landmarks + kernels) dim) operations; a training step takes about 25 N dim numbers.
+        The lengths of the bags are read on the host once per batch.
 
     Example:
         >>> import torch
