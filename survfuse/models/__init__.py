@@ -6,6 +6,8 @@ from survfuse.models.healnet_config import HEALNetConfig
 from survfuse.models.mean_pool import MeanPool, MeanPoolConfig
 from survfuse.models.registry import MODELS, model_class
 from survfuse.models.settings import ModalityConfig
+from survfuse.models.subspace_config import SubspaceFusionConfig
+from survfuse.models.subspace_fusion import SubspaceFusion
 
 __all__ = [
     "MODELS",
@@ -15,5 +17,7 @@ __all__ = [
     "MeanPool",
     "MeanPoolConfig",
     "ModalityConfig",
+    "SubspaceFusion",
+    "SubspaceFusionConfig",
     "model_class",
 ]
