@@ -127,8 +127,8 @@ class SubspaceBranch(nn.Module):
             alone = zero_gradients(alone, self._only_with_patches())
             return BranchOutput(self._feature(alone), None, None)
         patches = self.project_patches(bag, slides)  # [total, dim]
-        fused, context, where = self._sides(patches, slides, genes)  # or [n, cells, dim] each
-        attended = self.attention(self.attention_norm(fused), context, **where)
+        fused, sides, where = self._sides(patches, slides, genes)  # [n, cells, dim] if dense
+        attended = self.attention(*sides, **where)
         pooled = self._pool_samples(self.norm(fused + attended.tokens), slides)  # [B, dim]
         there = (slides.stored.lengths > 0)[:, None]
         feature = self._feature(torch.where(there, pooled, alone))  # [B, dim]
@@ -142,8 +142,8 @@ class SubspaceBranch(nn.Module):
 
     def received(self, patches: Tensor, slides: SlideLayout, genes: Tensor) -> Tensor:
         """The attention each patch receives, [total]; its sum over a slide is 1 (or 0)."""
-        fused, context, where = self._sides(patches, slides, genes)
-        received = self.attention.received(self.attention_norm(fused), context, **where)
+        _, sides, where = self._sides(patches, slides, genes)
+        received = self.attention.received(*sides, **where)
         if slides.index is not None:
             # what a repeated patch receives in all its cells
             total = received.new_zeros(slides.packed.total)
@@ -160,8 +160,8 @@ class SubspaceBranch(nn.Module):
 
     def _sides(
         self, patches: Tensor, slides: SlideLayout, genes: Tensor
-    ) -> tuple[Tensor, Tensor, dict]:
-        """Fused tokens, the context, and where both lie."""
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], dict]:
+        """Fused tokens, what attends to what, and where both lie."""
         of_genes = self._of_genes(genes)  # [B, dim]
         if slides.index is None:
             bags = slides.packed
@@ -172,7 +172,9 @@ class SubspaceBranch(nn.Module):
             of_genes = of_genes[slides.samples, None]  # [n, 1, dim]
             where = {"shape": (self.config.map_side,) * 2}
         fused = self._of_patches(patches) + of_genes
-        return fused, self.attention_norm(patches), where
+        query, context = self.attention_norm(fused), self.attention_norm(patches)
+        # under autocast the patches are wider, which were projected outside of it
+        return fused, (query, context.to(query.dtype)), where
 
     def _of_patches(self, patches: Tensor) -> Tensor:
         """The patches' part of `W [patch, genes] + b`; no pair of both is ever formed."""

@@ -151,7 +151,8 @@ class SubspaceFusionConfig:
         for name, item in self.modalities.items():
             if item.kind not in ("bag", "table"):
                 raise ValueError(
-                    f"modality {name!r} is a {item.kind}; subspace fusion reads one bag and tables"
+                    f"modality {name!r} is of kind {item.kind!r}; subspace fusion reads one bag "
+                    "and tables"
                 )
         return bags[0]
 

@@ -195,45 +195,51 @@ class SubspaceFusion(FusionModel):
         *,
         score: Score | None = None,
         task: str | None = None,
+        signed: bool = False,
     ) -> dict[str, dict[str, Tensor]]:
-        """What each patch adds to a score by each branch: gradient times input.
+        """How much each patch adds to a score by each branch, beside the slide's median patch.
 
-        The score of a sample is differentiated with respect to the projected patches of one branch,
-        the other branch's held fixed; the product of both is summed over channels. It includes what
-        the patch says where it stands and where other patches' attention samples it.
+        Gradient times input: the score of a sample is differentiated with respect to the projected
+        patches of one branch, the other branch's held fixed, and the product of both is summed over
+        channels. It includes what a patch says where it stands and where the attention of others
+        samples it. What all patches of a slide share has no place, so its median is taken off:
+        most patches are near 0, and those that a branch reads stand out.
 
         Args:
             inputs: as for `forward`.
             score: logits [B, out] of the task to [B]; None is their sum, which is a risk where they
                 are hazard logits, a Cox log-risk or ordered levels.
             task: None for the first.
+            signed: tell what raises the score (above 0) from what lowers it; without, how much it
+                moves the score. One patch may raise the risk beside some genes and lower it beside
+                others, so that signs are a sample's own.
 
         Returns:
-            By bag and branch, [total] in batch order; above 0 raises the score. 0 where the sample
-            lacks the slide; nothing without any patch.
+            By bag and branch, [total] in batch order. 0 where the sample lacks the slide; nothing
+            without any patch.
         """
         maps: dict[str, Tensor] = {}
         with evaluating(self), torch.enable_grad():
             slides, n_samples = self._lay_out(inputs)
             if slides is None:
                 return maps
+            bag = self._bag(inputs, slides)
             outs = {
-                name: branch(
-                    self._bag(inputs, slides), slides, branch.encode_genes(inputs, n_samples).values
-                )
+                name: branch(bag, slides, branch.encode_genes(inputs, n_samples).values)
                 for name, branch in self.branches.items()
             }
-            joint = torch.cat([out.feature for out in outs.values()], 1)
-            logits = self.readout(joint)
+            logits = self.readout(torch.cat([out.feature for out in outs.values()], 1))
             if task is not None and task not in logits:
                 raise ValueError(f"task is {task!r}; it must be one of {list(logits)}")
-            logits = logits[next(iter(logits)) if task is None else task]
-            total = (logits.sum(1) if score is None else score(logits)).sum()
+            of_task = logits[next(iter(logits)) if task is None else task]
+            total = (of_task.sum(1) if score is None else score(of_task)).sum()
             patches = [out.patches for out in outs.values()]
             gradients = torch.autograd.grad(total, patches)
         for name, value, gradient in zip(outs, patches, gradients, strict=True):
             added = (value.detach() * gradient).sum(1)
-            maps[name] = self._of_batch(added, inputs, slides)
+            parts = added.split(slides.packed.lengths.tolist())
+            centred = torch.cat([part - part.median() for part in parts if len(part)])
+            maps[name] = self._of_batch(centred if signed else centred.abs(), inputs, slides)
         return {self.config.bag: maps}
 
     def _of_batch(
