@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from survfuse.grid import GridIndex
+from survfuse.layers.sparse_convolution import CoarseCells
+from survfuse.ops import sample_bag
 from survfuse.ops.backends import check_backend
 from survfuse.ops.checks import (
     check_dropout,
@@ -22,6 +25,23 @@ from survfuse.ops.checks import (
 from survfuse.ops.position_bias import check_bias
 from survfuse.ops.sample_bag import check_corners, check_grid
 from survfuse.ragged import Ragged, check_ragged
+
+
+class DeformableAttended(NamedTuple):
+    """What `DeformableCrossAttention` returns.
+
+    Attributes:
+        tokens: [B, h w, dim], or packed [total, dim] for ragged bags.
+        points: where each group sampled: [B, G, M, 2], or packed [P, G, 2]; (x, y) in cells of the
+            coarse grid, base grid included. fp32 (fp64).
+        point_ragged: the points of each ragged bag; None for dense maps.
+        offsets: the points without the base grid, of the same shape.
+    """
+
+    tokens: Tensor
+    points: Tensor
+    point_ragged: Ragged | None
+    offsets: Tensor
 
 
 class PositionMLP(nn.Module):
@@ -70,6 +90,86 @@ def normalise(at: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.stack(
         [2.0 * x / max(size[0] - 1, 1) - 1.0, 2.0 * y / max(size[1] - 1, 1) - 1.0], -1
     )
+
+
+def sample_dense(
+    rows: Tensor, grid: GridIndex, place: Tensor, corners: str, backend: str | None
+) -> Tensor:
+    """Samples [B, M, G, C / G] of maps [B, h w, C] at places [B, G, M, 2]."""
+    return _sample(rows.flatten(0, 1), grid, place, corners, backend).transpose(1, 2)
+
+
+def sample_ragged(
+    rows: Tensor,
+    grid: GridIndex,
+    coarse: CoarseCells,
+    place: Tensor,
+    corners: str,
+    backend: str | None,
+) -> Tensor:
+    """Samples [P, G, C / G] of packed bags [T, C] at places [P, G, 2], all bags at once.
+
+    Bags are filled up to the most points with NaN, which is sampled as nothing: one call has one
+    gradient of the rows, where one call per bag would have as many, each [T, C].
+    """
+    n_bags, counts = grid.n_bags, coarse.ragged.lengths
+    bag = torch.arange(n_bags, device=place.device).repeat_interleave(
+        counts, output_size=coarse.ragged.total
+    )
+    within = torch.arange(coarse.ragged.total, device=place.device)
+    within = within - coarse.ragged.starts[bag]
+    shape = (n_bags, coarse.ragged.max_length, *place.shape[1:])
+    padded = place.new_full(shape, torch.nan).index_put((bag, within), place)
+    return _sample(rows, grid, padded.transpose(1, 2), corners, backend)[bag, :, within]
+
+
+def _sample(
+    rows: Tensor, grid: GridIndex, place: Tensor, corners: str, backend: str | None
+) -> Tensor:
+    # other named backends are those of the attention
+    backend = "reference" if backend == "reference" else None
+    return sample_bag(rows, grid, place, corners=corners, backend=backend)
+
+
+def sampled_cells(points: Tensor, stride: int, released: tuple[int, int] | None) -> Tensor:
+    """(x, y) in patches of points in coarse cells; `released` is the shape of such a map."""
+    if released is None:
+        # the centre of a coarse cell is that of its patches
+        return points * stride + (stride - 1) / 2
+    height, width = released
+    x, y = points.unbind(-1)
+    x = x * (width / max(height // stride - 1, 1))
+    y = y * (height / max(width // stride - 1, 1))
+    return torch.stack([x, y], -1) - 0.5
+
+
+def check_released(shape: tuple[int, int] | None, downsample: int) -> None:
+    """Raise unless the released arithmetic can take the call: a dense map of some size."""
+    if shape is None:
+        raise ValueError(
+            "grid is given and released=True; the released arithmetic is one of dense maps"
+        )
+    if min(shape) < downsample:
+        raise ValueError(
+            f"shape is {tuple(shape)}; released=True needs at least downsample = {downsample} "
+            "patches along each side"
+        )
+
+
+def full_grid(n_bags: int, height: int, width: int, device: torch.device) -> GridIndex:
+    """The grids of dense maps whose patches lie one behind the other."""
+    n_cells = height * width
+    cell = torch.arange(n_bags * n_cells, dtype=torch.int32, device=device)
+    first = torch.arange(n_bags + 1, device=device) * n_cells
+    return GridIndex(cell, first, first.new_tensor([height, width]).expand(n_bags, 2))
+
+
+def check_points(points: Tensor) -> None:
+    """Raise unless these are points of a plane."""
+    if not isinstance(points, Tensor):
+        raise TypeError(f"points is {type(points).__name__}; it must be a tensor")
+    if points.shape[-1:] != (2,):
+        raise ValueError(f"points has shape {tuple(points.shape)}; it must be [..., 2]")
 
 
 def packed_rows(matrix: Tensor, ragged: Ragged) -> Tensor:

@@ -12,6 +12,8 @@ from survfuse.models.perceiver_config import PerceiverConfig
 from survfuse.models.registry import MODELS, model_class
 from survfuse.models.settings import ModalityConfig
 from survfuse.models.snn import SNN, SNNConfig
+from survfuse.models.subspace_config import SubspaceFusionConfig
+from survfuse.models.subspace_fusion import SubspaceFusion
 from survfuse.models.transmil import TransMIL, TransMILConfig
 
 __all__ = [
@@ -32,6 +34,8 @@ __all__ = [
     "Perceiver",
     "PerceiverConfig",
     "SNNConfig",
+    "SubspaceFusion",
+    "SubspaceFusionConfig",
     "TransMIL",
     "TransMILConfig",
     "model_class",
