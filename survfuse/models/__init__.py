@@ -1,5 +1,7 @@
 """Survival models, one family per stem."""
 
+from survfuse.models.ammasurv import AMMASurv
+from survfuse.models.ammasurv_config import AMMASurvConfig
 from survfuse.models.base import FusionModel
 from survfuse.models.healnet import HEALNet
 from survfuse.models.healnet_config import HEALNetConfig
@@ -9,6 +11,8 @@ from survfuse.models.settings import ModalityConfig
 
 __all__ = [
     "MODELS",
+    "AMMASurv",
+    "AMMASurvConfig",
     "FusionModel",
     "HEALNet",
     "HEALNetConfig",

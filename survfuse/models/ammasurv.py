@@ -28,7 +28,7 @@ from survfuse.layers.gated_attention_pool import GatedAttentionPool
 from survfuse.layers.latent_attention import zero_gradients
 from survfuse.models.ammasurv_config import AMMASurvConfig
 from survfuse.models.ammasurv_inspection import attention_masses, gene_weights
-from survfuse.models.ammasurv_layer import AsymmetricLayer, Batch
+from survfuse.models.ammasurv_layer import AsymmetricLayer, Membership
 from survfuse.models.base import FusionModel, evaluating
 from survfuse.models.gene_tokens import GeneTokens
 from survfuse.models.heads import TaskHeads
@@ -153,7 +153,7 @@ class AMMASurv(FusionModel):
 
     def _encode(
         self, inputs: Mapping[str, Modality], seen: list[tuple] | None = None
-    ) -> tuple[Tensor, Tensor, Batch]:
+    ) -> tuple[Tensor, Tensor, Membership]:
         """Tokens behind the last layer; what every layer was given is appended if asked."""
         patches, genes, batch = self._tokens(inputs)
         for layer in self.layers:
@@ -162,7 +162,7 @@ class AMMASurv(FusionModel):
             patches, genes = layer(patches, genes, batch)
         return patches, genes, batch
 
-    def _tokens(self, inputs: Mapping[str, Modality]) -> tuple[Tensor, Tensor, Batch]:
+    def _tokens(self, inputs: Mapping[str, Modality]) -> tuple[Tensor, Tensor, Membership]:
         """Tokens of both sides, and which there are."""
         encoded, n_samples = encode_inputs(inputs, self.config.modalities)
         weight = self.patch_projection.weight
@@ -186,7 +186,7 @@ class AMMASurv(FusionModel):
         if self.config.patch_activation == "relu":
             patches = functional.relu(patches)
         genes = self.gene_tokens(inputs, n_samples)
-        return patches, genes.values, Batch(ragged.packed(), present, genes.present)
+        return patches, genes.values, Membership(ragged.packed(), present, genes.present)
 
     def _positions(self, bag: BagBatch | None, ragged: Ragged, present: Tensor) -> Tensor:
         """Projected Fourier encoding of the patches [total, dim]."""
@@ -211,7 +211,7 @@ class AMMASurv(FusionModel):
         )
         return self.position_projection(channels.to(weight.dtype)).to(weight.dtype)
 
-    def _pool(self, patches: Tensor, genes: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _pool(self, patches: Tensor, genes: Tensor, batch: Membership) -> tuple[Tensor, Tensor]:
         """Of every modality [B, M, dim], zeros where absent, and which there are [B, M]."""
         found = [self.pool(patches, batch.ragged)[:, 0]]  # [B, dim]
         present = [batch.has_patches]

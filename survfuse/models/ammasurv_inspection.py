@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from survfuse.models.ammasurv_layer import AsymmetricLayer, Batch, Part
+from survfuse.models.ammasurv_layer import AsymmetricLayer, Membership, Part
 from survfuse.ops import tokens_attend_bag_weights
 
 
 def attention_masses(
-    layer: AsymmetricLayer, patches: Tensor, genes: Tensor, batch: Batch
+    layer: AsymmetricLayer, patches: Tensor, genes: Tensor, batch: Membership
 ) -> dict[str, Tensor]:
     """The share of attention on every modality, by who asks ("patches", "genes").
 
@@ -62,7 +62,7 @@ def _by_modality(parts: dict[str, Part], of_tables: Tensor | None, n_tables: int
     return torch.cat(columns, -1).mean(-2)
 
 
-def _mean_over_tokens(mass: Tensor, asking: str, batch: Batch) -> Tensor:
+def _mean_over_tokens(mass: Tensor, asking: str, batch: Membership) -> Tensor:
     """[B, 1 + tables] of [total, 1 + tables] (patches) or [B, G, 1 + tables] (genes)."""
     if asking == "p":
         lengths = batch.ragged.lengths
@@ -75,7 +75,9 @@ def _mean_over_tokens(mass: Tensor, asking: str, batch: Batch) -> Tensor:
     return torch.where(present, mass, 0.0).sum(1) / present.sum(1).clamp(min=1)
 
 
-def gene_weights(layer: AsymmetricLayer, patches: Tensor, genes: Tensor, batch: Batch) -> Tensor:
+def gene_weights(
+    layer: AsymmetricLayer, patches: Tensor, genes: Tensor, batch: Membership
+) -> Tensor:
     """How much each gene token looks at each patch, among the patches: [total, G], streamed.
 
     A sample's weights sum to 1 for each of its tokens, and are 0 for tokens it lacks.

@@ -26,7 +26,7 @@ from survfuse.ragged import Ragged
 _CHUNK = 8192
 
 
-class Batch(NamedTuple):
+class Membership(NamedTuple):
     """Which tokens there are; the same in every layer."""
 
     ragged: Ragged  # of the patches, one bag behind the other
@@ -147,7 +147,7 @@ class AsymmetricLayer(nn.Module):
         asked = any(block[1] == letter for block in self.blocks)
         return Side(self.config, asks=asks, asked=asked)
 
-    def forward(self, patches: Tensor, genes: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(self, patches: Tensor, genes: Tensor, batch: Membership) -> tuple[Tensor, Tensor]:
         """Update both sides.
 
         Args:
@@ -173,7 +173,7 @@ class AsymmetricLayer(nn.Module):
             updated.append(tokens)
         return updated[0], updated[1]
 
-    def _updates(self, patches: Tensor, genes: Tensor, batch: Batch) -> list[Tensor | None]:
+    def _updates(self, patches: Tensor, genes: Tensor, batch: Membership) -> list[Tensor | None]:
         heads = self.heads(genes)
         found = self.parts(patches, heads, batch)
         sides = {"p": self.patches, "g": self.genes}
@@ -186,7 +186,7 @@ class AsymmetricLayer(nn.Module):
         """Of the genes; the patches' are formed only where patches attend to patches."""
         return self.genes.project(self.genes.norm(genes)) if self.genes.norm else Heads(*[None] * 3)
 
-    def parts(self, patches: Tensor, genes: Heads, batch: Batch) -> dict[str, dict[str, Part]]:
+    def parts(self, patches: Tensor, genes: Heads, batch: Membership) -> dict[str, dict[str, Part]]:
         """What each side that asks (p, g) got from each side that it asks."""
         found: dict[str, dict[str, Part]] = {"p": {}, "g": {}}
         patch_bias, gene_bias = self.key_biases(batch)
@@ -206,12 +206,14 @@ class AsymmetricLayer(nn.Module):
             )
         if "gp" in self.blocks:
             out, lse = self.genes_to_patches(patches, heads, genes.query, batch, dropout)
+            # a bag that is said to be absent may have rows
+            out = torch.where(batch.has_patches[:, None, None, None], out, 0.0)
             found["g"]["p"] = Part(out, lse + patch_bias[:, None, None])
         if "gg" in self.blocks:
             found["g"]["g"] = self.genes_to_genes(genes, genes.value, gene_bias, dropout)
         return found
 
-    def key_biases(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def key_biases(self, batch: Membership) -> tuple[Tensor, Tensor]:
         """What is added to the logits of patches [B] and genes [B, G]; -inf where absent."""
         log_count = self.log_count.to(accumulation_type(self.log_count.dtype))
         beta = log_count.new_zeros(1).expand(len(self.tables) + 1)
@@ -297,7 +299,7 @@ class AsymmetricLayer(nn.Module):
         key: Tensor,
         value: Tensor,
         bias: Tensor,
-        batch: Batch,
+        batch: Membership,
         dropout: float = 0.0,
     ) -> Part:
         """[total, H, dv]; `heads` of the patches where they were formed."""
@@ -323,7 +325,7 @@ class AsymmetricLayer(nn.Module):
         )
 
     def genes_to_patches(
-        self, patches: Tensor, heads: Heads | None, query: Tensor, batch: Batch, dropout: float
+        self, patches: Tensor, heads: Heads | None, query: Tensor, batch: Membership, dropout: float
     ) -> tuple[Tensor, Tensor]:
         """out [B, G, H, d] and lse [B, G, H]."""
         options = {"dropout_p": dropout, "backend": self.config.backend}
