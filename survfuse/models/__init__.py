@@ -1,6 +1,8 @@
 """Survival models, one family per stem."""
 
 from survfuse.models.abmil import ABMIL, ABMILConfig
+from survfuse.models.ammasurv import AMMASurv
+from survfuse.models.ammasurv_config import AMMASurvConfig
 from survfuse.models.base import FusionModel
 from survfuse.models.healnet import HEALNet
 from survfuse.models.healnet_config import HEALNetConfig
@@ -21,6 +23,8 @@ __all__ = [
     "MODELS",
     "SNN",
     "ABMILConfig",
+    "AMMASurv",
+    "AMMASurvConfig",
     "FusionModel",
     "HEALNet",
     "HEALNetConfig",
