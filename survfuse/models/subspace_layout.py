@@ -10,6 +10,7 @@ from torch import Tensor
 from survfuse.batch import BagBatch
 from survfuse.grid import GridIndex
 from survfuse.ops import grid_index
+from survfuse.patch_cells import patch_cells
 from survfuse.ragged import Ragged
 
 
@@ -63,12 +64,12 @@ def lay_out(
     width = lengths.double().sqrt().ceil().long()[bag]
     square = torch.stack([within % width.clamp(min=1), within // width.clamp(min=1)], 1)
     if layout == "grid":
-        coords = _coords(batch, bag, within, without_coords, name)
-        cells = [
-            places if part is None else _cells(part, patch_size, gap)
-            for part, places in zip(coords, square.split(lengths.tolist()), strict=True)
-        ]
-        square = torch.cat(cells)
+        coords, known = _coords(batch, bag, within, without_coords, name)
+        if known is not None:
+            cells = patch_cells(
+                coords[known], bag[known], stored.n_bags, patch_size=patch_size, gap=gap
+            )
+            square = square.index_put((known.nonzero()[:, 0],), cells)
     return SlideLayout(stored, packed, grid_index(square, patch_size=1, ragged=packed), None, None)
 
 
@@ -84,72 +85,23 @@ def fill_map(n_patches: int, n_cells: int) -> Tensor:
     return (cell.double() * (n_patches / n_cells)).round().long()
 
 
-def patch_distance(coords: Tensor) -> float:
-    """The commonest step from a patch to the next in its row or column; 1 for a single patch.
-
-    Args:
-        coords: [N, 2], in any unit.
-    """
-    steps = []
-    for along, across in ((0, 1), (1, 0)):
-        # by row, and within it by column
-        order = coords[:, along].argsort(stable=True)
-        order = order[coords[order, across].argsort(stable=True)]
-        ordered = coords[order]
-        same = ordered[1:, across] == ordered[:-1, across]
-        steps.append((ordered[1:, along] - ordered[:-1, along])[same])
-    found = torch.cat(steps)
-    if not bool((found > 0).any()):
-        # no two patches in one row or column: any smallest step tells two of them apart
-        found = coords.sort(0).values.diff(dim=0).flatten()
-    found = found[found > 0]
-    if found.numel() == 0:
-        return 1.0
-    values, counts = found.unique(return_counts=True)
-    return float(values[counts.argmax()])
-
-
 def _coords(
     batch: BagBatch, bag: Tensor, within: Tensor, without_coords: str, name: str
-) -> list[Tensor | None]:
-    """[N, 2] fp64 of each sample, None where the slide has none and may do without."""
-    lengths = torch.bincount(bag, minlength=batch.ragged.n_bags).tolist()
-    if batch.coords is None:
-        known = [False] * len(lengths)
-        parts: tuple[Tensor, ...] = ()
-    else:
+) -> tuple[Tensor | None, Tensor | None]:
+    """[total, 2] of all patches, and which of them lie in a slide whose coordinates are known."""
+    coords, known = None, None
+    missing = torch.ones(batch.ragged.n_bags, dtype=torch.bool, device=bag.device)
+    if batch.coords is not None:
         coords = batch.coords[batch.ragged.starts[bag] + within].double()
-        parts = coords.split(lengths)
-        known = [bool(part.isfinite().all()) for part in parts]
-    missing = [b for b, (n, has) in enumerate(zip(lengths, known, strict=True)) if n and not has]
-    if missing and without_coords == "error":
+        finite = coords.isfinite().all(1)
+        whole = torch.ones_like(missing).index_put((bag[~finite],), missing.new_zeros(()))
+        missing, known = ~whole, whole[bag]
+    unknown = missing & (torch.bincount(bag, minlength=batch.ragged.n_bags) > 0)
+    if without_coords == "error" and bool(unknown.any()):
+        sample = int(unknown.nonzero()[0])
         raise ValueError(
-            f"inputs[{name!r}].coords of sample {missing[0]} of the batch are missing or not "
+            f"inputs[{name!r}].coords of sample {sample} of the batch are missing or not "
             "finite; layout 'grid' puts patches at their coordinates. Read the slide with them, or "
             "set without_coords to 'square', which lays such a bag out in the order of its patches"
         )
-    return [parts[b] if has else None for b, has in enumerate(known)]
-
-
-def _cells(coords: Tensor, patch_size: float | None, gap: int) -> Tensor:
-    """Cells (x, y) [N, 2] int64 of one sample, each patch in one of its own.
-
-    Patches that share a cell lie on maps side by side: several slides of a patient, whose
-    coordinates start anew, and pieces of tissue that were cut on grids of their own. The k-th patch
-    of a cell lies on the k-th map.
-    """
-    if coords.shape[0] == 0:
-        return coords.long()
-    size = patch_distance(coords) if patch_size is None else patch_size
-    cells = ((coords - coords.amin(0)) / size + 0.5).floor().long()
-    width = int(cells[:, 0].max()) + 1
-    order = (cells[:, 1] * width + cells[:, 0]).argsort(stable=True)
-    number = (cells[:, 1] * width + cells[:, 0])[order]
-    place = torch.arange(len(order), device=order.device)
-    # how many patches of the same cell came before
-    first = torch.searchsorted(number, number)
-    rank = torch.empty_like(order)
-    rank[order] = place - first
-    # whole coarse cells, so that no cell of one map has patches of another
-    shift = -(-(width + gap) // gap) * gap
-    return torch.stack([cells[:, 0] + rank * shift, cells[:, 1]], 1)
+    return coords, known

@@ -7,7 +7,7 @@ import torch
 
 from survfuse import Ragged
 from survfuse.batch import BagBatch
-from survfuse.models.subspace_layout import lay_out, patch_distance
+from survfuse.models.subspace_layout import lay_out
 
 OPTIONS = {
     "layout": "grid",
@@ -27,22 +27,6 @@ def _bag(coords: torch.Tensor, lengths: list[int] | None = None) -> BagBatch:
 def _cells(batch: BagBatch, **options: object) -> torch.Tensor:
     found = lay_out(batch, **(OPTIONS | options))
     return found.grid.cells(found.packed)
-
-
-@pytest.mark.parametrize("size", [256.0, 512.0, 1.0, 224.5])
-def test_the_distance_of_patches_is_measured(size: float) -> None:
-    cell = torch.randperm(30 * 20)[:400]
-    cells = torch.stack([cell % 30, cell // 30], 1)
-    assert patch_distance(cells.double() * size + 17.0) == pytest.approx(size)
-    # a second piece of tissue with a grid of its own
-    other = torch.stack([cells[:50, 0], cells[:50, 1]], 1).double() * size + size * 0.37
-    assert patch_distance(torch.cat([cells.double() * size, other])) == pytest.approx(size)
-
-
-def test_the_distance_of_few_patches() -> None:
-    assert patch_distance(torch.tensor([[7.0, 9.0]])) == 1.0
-    assert patch_distance(torch.tensor([[0.0, 0.0], [512.0, 256.0]])) == 256.0
-    assert patch_distance(torch.tensor([[0.0, 0.0], [0.0, 256.0], [0.0, 512.0]])) == 256.0
 
 
 def test_slides_of_different_magnification_in_one_batch() -> None:
