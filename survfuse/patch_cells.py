@@ -85,13 +85,29 @@ def patch_distances(coords: Tensor, bag: Tensor, n_bags: int) -> Tensor:
                 real &= line[1:] == line[:-1]
             steps.append(step[real])
             owners.append(owner[1:][real])
-        pairs = torch.stack([torch.cat(owners).double(), torch.cat(steps)], 1)
-        values, counts = pairs.unique(dim=0, return_counts=True)
-        # the commonest of each bag is written last, the smaller of two equally common ones
-        best = counts.argsort(stable=True, descending=True)
-        owner = values[best, 0].long()
-        owner, place = owner.sort(stable=True)
-        leads = torch.ones_like(owner, dtype=torch.bool)
-        leads[1:] = owner[1:] != owner[:-1]
-        found[owner[leads]] = values[best][place][leads, 1]
+        bags, values = _commonest(torch.cat(owners), torch.cat(steps))
+        found[bags] = values
     return found
+
+
+def _commonest(owner: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """The bags that have any step, and the commonest step of each, the smallest of such."""
+    step, order = step.sort(stable=True)
+    owner, second = owner[order].sort(stable=True)
+    step = step[second]
+    new_bag = _starts(owner)
+    first = (new_bag | _starts(step)).nonzero()[:, 0]
+    counts = torch.diff(first, append=first.new_tensor([len(step)]))
+    # of the runs of equal steps of a bag the longest comes first
+    order = counts.argsort(stable=True, descending=True)
+    first = first[order]
+    bags, order = owner[first].sort(stable=True)
+    leads = _starts(bags)
+    return bags[leads], step[first][order][leads]
+
+
+def _starts(values: Tensor) -> Tensor:
+    """Where a value differs from the one before."""
+    starts = torch.ones_like(values, dtype=torch.bool)
+    starts[1:] = values[1:] != values[:-1]
+    return starts

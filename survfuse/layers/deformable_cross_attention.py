@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from survfuse.grid import GridIndex
 from survfuse.layers.deformable_parts import (
     DeformableAttended,
     PositionMLP,
+    attend_ragged,
     check_inputs,
     check_map,
     check_options,
@@ -20,6 +22,7 @@ from survfuse.layers.deformable_parts import (
     check_sizes,
     full_grid,
     normalise,
+    normalised_places,
     packed_rows,
     places,
     project,
@@ -223,7 +226,7 @@ class DeformableCrossAttention(nn.Module):
 
         Returns:
             DeformableAttended(tokens, points, point_ragged, offsets). Bags differ in the number of
-            their points, so the attention of ragged bags is computed bag by bag; all else at once.
+            their points: the attention of those with equally many is computed at once.
             The host waits for the device to learn those numbers.
 
         Raises:
@@ -334,7 +337,12 @@ class DeformableCrossAttention(nn.Module):
                 normalise(at, (width, height)) for at in (cells.to(points.dtype), place)
             )
         dropped = self.training and shares is None
-        return self._attend(q, key, value, query_pos, key_pos, dropped), points, None, offsets
+        return (
+            self._attend(q, key, value, query_pos, key_pos, dropped=dropped),
+            points,
+            None,
+            offsets,
+        )
 
     def _sparse(
         self,
@@ -372,34 +380,13 @@ class DeformableCrossAttention(nn.Module):
             lambda rows: sample_ragged(rows, grid, coarse, place, self.corners, self.backend),
         )
 
-        lengths, counts = ragged.lengths.tolist(), coarse.ragged.lengths.tolist()
-        sides = zip(
-            *(tensor.split(lengths) for tensor in (q, cells)),
-            *(tensor.split(counts) for tensor in (key, value, place)),
-            grid.shapes.flip(1).tolist(),
-            strict=True,
-        )
+        query_pos, key_pos = normalised_places(grid, cells, place, ragged, coarse.ragged)
+        sides = (q, key, value, query_pos, key_pos)
         dropped = self.training and shares is None
-        outs = [self._attend_bag(*bag, dropped) for bag in sides if bag[0].shape[0]]
-        if not outs:
-            # nothing attends, and all gradients are zeros rather than None
-            outs = [self._attend_bag(q, cells, key, value, place, (0, 0), dropped)]
-        return torch.cat(outs), points, coarse.ragged, offsets
-
-    def _attend_bag(
-        self,
-        q: Tensor,
-        cells: Tensor,
-        key: Tensor,
-        value: Tensor,
-        place: Tensor,
-        size: tuple[int, int],
-        dropped: bool,
-    ) -> Tensor:
-        """[N, H d] of one bag, whose map has `size` (width, height)."""
-        query_pos = normalise(cells.to(place.dtype), size)
-        key_pos = normalise(place.transpose(0, 1), size)[None]
-        return self._attend(q[None], key[None], value[None], query_pos, key_pos, dropped)[0]
+        out = attend_ragged(
+            partial(self._attend, dropped=dropped), sides, ragged.packed(), coarse.ragged
+        )
+        return out, points, coarse.ragged, offsets
 
     def _offsets(self, hidden: Tensor) -> Tensor:
         """Offsets [..., 2] in coarse cells from what the convolution gave, [..., C]."""
@@ -429,10 +416,15 @@ class DeformableCrossAttention(nn.Module):
         value: Tensor,
         query_pos: Tensor,
         key_pos: Tensor,
+        ragged: Ragged | None = None,
+        *,
         dropped: bool,
     ) -> Tensor:
-        """[B, Lq, H dv] of projected [B, Lq, H d], [B, M, H d] and [B, M, H dv]."""
-        q, key, value = (t.unflatten(2, (self.heads, -1)) for t in (q, key, value))
+        """[B, Lq, H dv] of projected [B, Lq, H d], [B, M, H d] and [B, M, H dv].
+
+        With `ragged`, queries are packed [T, H d] and so is what is returned.
+        """
+        q, key, value = (t.unflatten(-1, (self.heads, -1)) for t in (q, key, value))
         out = position_biased_attention(
             q,
             key,
@@ -440,9 +432,10 @@ class DeformableCrossAttention(nn.Module):
             query_pos,
             key_pos,
             self.rel_pos_bias.layers(),
+            query_ragged=ragged,
             bias=self.bias,
             table_size=self.table_size,
             dropout_p=self.dropout if dropped else 0.0,
             backend=self.backend,
         )
-        return out.flatten(2)
+        return out.flatten(-2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -90,6 +91,78 @@ def normalise(at: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.stack(
         [2.0 * x / max(size[0] - 1, 1) - 1.0, 2.0 * y / max(size[1] - 1, 1) - 1.0], -1
     )
+
+
+def normalised_places(
+    grid: GridIndex, cells: Tensor, place: Tensor, ragged: Ragged, points: Ragged
+) -> tuple[Tensor, Tensor]:
+    """Patches [total, 2] and points [P, G, 2] so that each bag's map reaches from -1 to 1.
+
+    Args:
+        grid: the maps.
+        cells: [total, 2] (x, y) of each packed patch.
+        place: [P, G, 2] of each point, in the same cells.
+        ragged, points: the patches and the points of each bag.
+    """
+    # (width, height) of every bag, no map narrower than two cells
+    size = (grid.shapes.flip(1) - 1).clamp(min=1).to(place.dtype)
+    bags = torch.arange(grid.n_bags, device=place.device)
+    of_patch = bags.repeat_interleave(ragged.lengths, output_size=ragged.total)
+    of_point = bags.repeat_interleave(points.lengths, output_size=points.total)
+    query_pos = 2.0 * cells.to(place.dtype) / size[of_patch] - 1.0
+    return query_pos, 2.0 * place / size[of_point, None] - 1.0
+
+
+def equal_counts(points: Ragged) -> list[tuple[Tensor, int]]:
+    """Bags that have equally many points, and how many; those without any are left out.
+
+    Waits for the device.
+    """
+    counts: dict[int, list[int]] = {}
+    for bag, count in enumerate(points.lengths.tolist()):
+        if count:
+            counts.setdefault(count, []).append(bag)
+    device = points.lengths.device
+    return [(torch.tensor(bags, device=device), count) for count, bags in counts.items()]
+
+
+def attend_ragged(
+    attend: Callable[..., Tensor], sides: tuple[Tensor, ...], ragged: Ragged, points: Ragged
+) -> Tensor:
+    """[total, H dv] of packed sides, all bags with equally many points at once.
+
+    Args:
+        attend: (q, key, value, query_pos, key_pos, ragged) to packed results; key, value and
+            key_pos [B, M, ...], [B, G, M, 2], the others as they are packed.
+        sides: q [total, H d], key [P, H d], value [P, H dv], query_pos [total, 2] and key_pos
+            [P, G, 2].
+        ragged, points: ranges of the patches and of the points of each bag.
+    """
+    q, key, value, query_pos, key_pos = sides
+    outs, rows = [], []
+    for bags, count in equal_counts(points):
+        at = points.starts[bags, None] + torch.arange(count, device=q.device)
+        some = Ragged.from_ranges(ragged.starts[bags], ragged.lengths[bags])
+        outs.append(attend(q, key[at], value[at], query_pos, key_pos[at].transpose(1, 2), some))
+        rows.append(rows_of(some))
+    if not outs:
+        # nothing attends, and all gradients are zeros rather than None
+        nobody = key_pos.new_zeros((1, key_pos.shape[1], 0, 2))
+        return attend(q[None], key[None], value[None], query_pos[None], nobody)[0]
+    if len(outs) == 1 and outs[0].shape[0] == q.shape[0]:
+        return outs[0]
+    out = torch.cat(outs)
+    return out.new_zeros(q.shape[0], out.shape[1]).index_copy(0, torch.cat(rows), out)
+
+
+def rows_of(ragged: Ragged) -> Tensor:
+    """[total] int64, the row of each patch of the bags, in batch order."""
+    bag = torch.arange(ragged.n_bags, device=ragged.lengths.device).repeat_interleave(
+        ragged.lengths, output_size=ragged.total
+    )
+    first = ragged.packed().starts
+    place = torch.arange(ragged.total, device=bag.device)
+    return place - first[bag] + ragged.starts[bag]
 
 
 def sample_dense(
@@ -181,11 +254,7 @@ def packed_rows(matrix: Tensor, ragged: Ragged) -> Tensor:
     first = ends - ragged.lengths
     if ragged.total == matrix.shape[0] and torch.equal(ragged.starts, first):
         return matrix
-    bag = torch.arange(ragged.n_bags, device=matrix.device).repeat_interleave(
-        ragged.lengths, output_size=ragged.total
-    )
-    packed = torch.arange(ragged.total, device=matrix.device)
-    return matrix[packed - first[bag] + ragged.starts[bag]]
+    return matrix[rows_of(ragged)]
 
 
 def check_sizes(
