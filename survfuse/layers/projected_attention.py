@@ -41,9 +41,12 @@ class PatchProjection(nn.Linear):
         """[total, dim] of the type of the bag, of [T, D] and its ranges."""
         rows = project_bag(bag, self.weight, self.bias, ragged=ragged)
         dropout = self.dropout if self.training else 0.0
-        if self.activation == "relu":
-            return ReluDropout.apply(rows, dropout)
-        return functional.dropout(rows, dropout)
+        if self.activation == "none":
+            return functional.dropout(rows, dropout)
+        if torch.compiler.is_compiling():
+            # a compiler decides itself what it keeps
+            return functional.dropout(functional.relu(rows), dropout)
+        return ReluDropout.apply(rows, dropout)
 
 
 class ReluDropout(torch.autograd.Function):

@@ -63,7 +63,16 @@ def stream(
     keep = {}
     if recompute == "light":
         keep["context_fn"] = partial(create_selective_checkpoint_contexts, list(_KEPT))
-    return [checkpoint(run, part, use_reentrant=False, **keep) for part in parts]
+    device = bag.device.type
+    # weights that autocast casts once and remembers would be cast anew in the backward, where an
+    # operation too many is mistaken for another computation
+    with torch.autocast(
+        device,
+        dtype=torch.get_autocast_dtype(device),
+        enabled=torch.is_autocast_enabled(device),
+        cache_enabled=False,
+    ):
+        return [checkpoint(run, part, use_reentrant=False, **keep) for part in parts]
 
 
 def default_rows(bag: Tensor) -> int:
@@ -79,7 +88,7 @@ def pieces(ragged: Ragged, rows: int) -> list[Ragged]:
 
     Example:
         >>> [part.lengths.tolist() for part in pieces(Ragged.from_lengths([3, 0, 2]), 2)]
-        [[2, 0, 0], [1, 0, 1], [0, 0, 1]]
+        [[1, 0, 0], [2, 0, 0], [0, 0, 2]]
     """
     if ragged.total <= rows:
         return [ragged]

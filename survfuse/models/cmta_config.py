@@ -73,7 +73,7 @@ class CMTAConfig:
     alignment_weight: float = 1.0
     fusion: str = "concat"
     bilinear_scale: int = 8
-    recompute: bool = False
+    recompute: bool = True
     backend: str | None = None
 
     def __post_init__(self) -> None:

@@ -250,6 +250,19 @@ def test_types(cls, kind: torch.dtype) -> None:
 
 
 @each_variant
+def test_autocast(cls, changes) -> None:
+    """Close to fp32, and pieces that are computed a second time see the same types."""
+    model, inputs = without_dropout(small(cls, **changes)), all_inputs()
+    expected = model(inputs).logits["survival"]
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(inputs)
+        model.patch_attention(inputs)
+    torch.testing.assert_close(output.logits["survival"].float(), expected, rtol=0.1, atol=0.1)
+    output.logits["survival"].float().square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@each_variant
 def test_a_trained_bag_gets_its_gradient(cls, changes) -> None:
     model, inputs = without_dropout(small(cls, **changes)).eval().double(), all_inputs()
     slide = inputs["slide"]

@@ -10,7 +10,10 @@ import pytest
 import torch
 from healnet_cases import without
 from patch_gene_cases import all_inputs, small, without_dropout
+from torch._dynamo.testing import CompileCounter
 
+from survfuse import Ragged
+from survfuse.batch import BagBatch, TableBatch
 from survfuse.models.survpath import SurvPath
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -59,3 +62,20 @@ def test_patch_attention_is_the_softmax_over_patches() -> None:
     expected = (query[0, :, 0] @ key.T / 8**0.5).softmax(1).T.detach()
     found = torch.stack(list(model.patch_attention(inputs)["slide"].values()), 1)[10:]
     torch.testing.assert_close(found, expected)
+
+
+def test_compiles_to_one_graph_for_all_sizes() -> None:
+    model, counter = small(SurvPath).eval(), CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for lengths in ([6, 2, 4], [7, 3, 9, 2], [30, 11, 8, 5, 3]):
+        ragged = Ragged.from_lengths(lengths)
+        present = torch.ones(len(lengths), dtype=torch.bool)
+        inputs = {
+            "rna": TableBatch(torch.randn(len(lengths), 6), present),
+            "slide": BagBatch(torch.randn(ragged.total, 12), ragged, present),
+            "cnv": TableBatch(torch.randn(len(lengths), 3), present),
+        }
+        torch.testing.assert_close(
+            compiled(inputs).logits["survival"], model(inputs).logits["survival"]
+        )
+    assert counter.frame_count == 2
