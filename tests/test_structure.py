@@ -65,7 +65,7 @@ EXCEPTIONS = {
 # what installed code may import beside the standard library: none is under the GPL
 BASE = {"torch", "numpy", "survfuse"}
 OPTIONAL = {
-    *("h5py", "matplotlib", "openpyxl", "openslide", "pandas", "PIL", "pydantic", "rich"),
+    *("h5py", "matplotlib", "openpyxl", "openslide", "ot", "pandas", "PIL", "pydantic", "rich"),
     *("pytest", "pytest_benchmark", "scipy", "sklearn", "triton", "typer", "yaml"),
 }
 # where an optional library may be imported at the top: modules nobody imports without needing it

@@ -24,12 +24,14 @@ EXTRAS = {
         *("h5py", "matplotlib", "pandas", "pydantic", "yaml", "rich", "scipy", "sklearn", "typer"),
     ),
     "slides": ("openslide", "PIL", "h5py"),
+    "transport": ("ot",),
     "bench": ("pytest", "pytest_benchmark", "matplotlib", "rich", "typer"),
     "test": ("hypothesis", "sksurv"),
 }
 GAINS = {
     "train": "survfuse train, evaluate, pack and demo",
     "slides": "survfuse encode, together with extra train: bags straight from slide files",
+    "transport": "MOTCat with solver 'pot'",
     "bench": "survfuse bench: the kernels against other people's on this machine",
     "test": "the test suite",
 }

@@ -1,0 +1,125 @@
+"""A class token and a sequence through two Nystrom attention layers: a vector and the rows."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from survfuse.layers.nystrom_attention import NystromSelfAttention
+from survfuse.ragged import Ragged
+
+
+class NystromEncoder(nn.Module):
+    """`LN(f_2(g(f_1([class token, x]))))` with `f(x) = x + attention(LN(x))`.
+
+    g is nothing, or for rows that lie on a slide the convolutions of `SquareConvolution`.
+
+    Args:
+        dim: width of the rows.
+        heads: of the attention; they divide `dim`.
+        landmarks: of a sequence; one of so many rows or fewer has exact attention.
+        dropout: probability, behind each attention.
+        square: whether the rows are convolved between the layers.
+        recompute: run each layer a second time in the backward and keep its input alone.
+        backend: of the ops.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int,
+        landmarks: int,
+        dropout: float,
+        square: bool,
+        recompute: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.recompute = recompute
+        self.class_token = nn.Parameter(torch.empty(1, dim))
+        nn.init.normal_(self.class_token, std=1e-6)
+        shape = {"heads": heads, "dim_head": dim // heads, "landmarks": landmarks}
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2))
+        self.attentions = nn.ModuleList(
+            NystromSelfAttention(dim, **shape, dropout=dropout, backend=backend) for _ in range(2)
+        )
+        self.square = SquareConvolution(dim) if square else None
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, ragged: Ragged, lengths: list[int]) -> tuple[Tensor, Tensor]:
+        """Encode sequences.
+
+        Args:
+            x: [total, dim], sequences one behind the other.
+            ragged: their ranges.
+            lengths: those of the ranges, on the host.
+
+        Returns:
+            The class tokens [B, dim] and the rows [total, dim], both normalised.
+        """
+        sequences = Ragged.from_lengths([n + 1 for n in lengths], device=x.device)
+        # row 0 is the class token, row 1 + i is x_i; one more in front of every sequence
+        place = torch.arange(sequences.total, device=x.device)
+        bag = torch.arange(ragged.n_bags, device=x.device)
+        bag = bag.repeat_interleave(sequences.lengths, output_size=sequences.total)
+        first = place == sequences.starts[bag]
+        x = torch.cat([self.class_token.to(x.dtype), x])
+        x = x.index_select(0, torch.where(first, 0, place - bag))  # [total + B, dim]
+        x = self._run(self._layer, 0, x, sequences)
+        if self.square is not None:
+            x = self._run(self.square, x, lengths)
+        x = self.norm(self._run(self._layer, 1, x, sequences))
+        rows = place[sequences.starts], (~first).nonzero()[:, 0]
+        return x.index_select(0, rows[0]), x.index_select(0, rows[1])
+
+    def _layer(self, i: int, x: Tensor, sequences: Ragged) -> Tensor:
+        return x + self.attentions[i](self.norms[i](x), sequences)
+
+    def _run(self, function, *arguments):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(function, *arguments, use_reentrant=False)
+        return function(*arguments)
+
+
+class SquareConvolution(nn.Module):
+    """x + conv7(x) + conv5(x) + conv3(x), depthwise, of rows laid out as a square map row by row.
+
+    A sequence is continued by its first rows up to a square number, and cut again behind the
+    convolution, so that repeated rows are neighbours and nothing else. The three convolutions are
+    one whose kernel is their sum.
+
+    Source: Shao et al., "TransMIL", NeurIPS 2021, "pyramid position encoding generator".
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        convolutions = [nn.Conv2d(dim, dim, size, groups=dim) for size in (7, 5, 3)]
+        self.kernels = nn.ParameterList(layer.weight for layer in convolutions)
+        self.biases = nn.ParameterList(layer.bias for layer in convolutions)
+
+    def forward(self, x: Tensor, lengths: list[int]) -> Tensor:
+        """Sequences [total + B, dim], a class token in front of each, which stays as it is."""
+        padded = [
+            functional.pad(kernel, [(7 - kernel.shape[-1]) // 2] * 4) for kernel in self.kernels
+        ]
+        kernel, bias = sum(padded).to(x.dtype), sum(self.biases).to(x.dtype)
+        found = []
+        for part in x.split([n + 1 for n in lengths]):
+            token, rows = part[:1], part[1:]  # [1, dim], [n, dim]
+            found.append(token)
+            if len(rows):
+                found.append(rows + self._convolve(rows, kernel, bias))
+        return torch.cat(found)
+
+    def _convolve(self, rows: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
+        n, dim = rows.shape
+        side = math.isqrt(n - 1) + 1
+        square = torch.cat([rows, rows[: side * side - n]]).view(1, side, side, dim)
+        square = square.permute(0, 3, 1, 2)  # [1, dim, side, side], channels last in memory
+        square = functional.conv2d(square, kernel, bias, padding=3, groups=dim)
+        return square.permute(0, 2, 3, 1).reshape(side * side, dim)[:n]
