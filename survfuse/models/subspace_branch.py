@@ -55,17 +55,27 @@ class SubspaceBranch(nn.Module):
         for i, index in enumerate(columns.values()):
             # which columns is part of the configuration, not of the weights
             self.register_buffer(f"columns_{i}", torch.tensor(index), persistent=False)
-        dim, width = config.dim, config.modalities[config.bag].channels
-        self.genes = SelfNormalizingNetwork(
-            sum(map(len, columns.values())),
-            [*config.gene_widths, dim],
-            activation="elu",
-            dropout=config.gene_dropout,
-        )
+        dim = config.dim
+        n_genes = sum(map(len, columns.values()))
+        self.genes = None
+        if n_genes:
+            widths = [*config.gene_widths, dim]
+            self.genes = SelfNormalizingNetwork(
+                n_genes, widths, activation="elu", dropout=config.gene_dropout
+            )
         self.absent_genes = nn.Parameter(torch.zeros(dim))
-        self.project = nn.Linear(width, dim)
         self.absent_patch = nn.Parameter(torch.zeros(dim))
         self.fuse = nn.Linear(2 * dim, dim)
+        self.norm = nn.LayerNorm(dim)
+        self.pooler = nn.Linear(dim, dim)
+        self.output = nn.Linear(dim, dim)
+        self.gated_pool = None
+        if config.bag is not None:
+            self._add_patches(config.modalities[config.bag].channels)
+
+    def _add_patches(self, channels: int) -> None:
+        config, dim = self.config, self.config.dim
+        self.project = nn.Linear(channels, dim)
         self.attention_norm = nn.LayerNorm(dim)
         self.attention = DeformableCrossAttention(
             dim,
@@ -82,12 +92,8 @@ class SubspaceBranch(nn.Module):
             released=config.released,
             backend=config.backend,
         )
-        self.norm = nn.LayerNorm(dim)
-        self.gated_pool = None
         if config.pool == "attention":
             self.gated_pool = GatedAttentionPool(dim, config.pool_width, backend=config.backend)
-        self.pooler = nn.Linear(dim, dim)
-        self.output = nn.Linear(dim, dim)
 
     def encode_genes(self, inputs: Mapping[str, Modality], n_samples: int) -> BranchGenes:
         """The vector of the genes, absent where every table of the branch is.
@@ -95,8 +101,10 @@ class SubspaceBranch(nn.Module):
         Columns of a table that is absent beside another that is not count as zeros, which for
         standardised columns is their mean.
         """
-        kind = self.project.weight
+        kind = self.absent_genes
         present = torch.zeros(n_samples, dtype=torch.bool, device=kind.device)
+        if self.genes is None:
+            return BranchGenes(kind.expand(n_samples, -1), present)
         parts = []
         for i, table in enumerate(self.tables):
             columns = getattr(self, f"columns_{i}")
@@ -124,7 +132,8 @@ class SubspaceBranch(nn.Module):
         """
         alone = self.norm(self._of_patches(self.absent_patch) + self._of_genes(genes))  # [B, dim]
         if slides is None:
-            alone = zero_gradients(alone, self._only_with_patches())
+            if self.config.bag is not None:
+                alone = zero_gradients(alone, self._only_with_patches())
             return BranchOutput(self._feature(alone), None, None)
         patches = self.project_patches(bag, slides)  # [total, dim]
         fused, sides, where = self._sides(patches, slides, genes)  # [n, cells, dim] if dense

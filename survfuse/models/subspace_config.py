@@ -29,6 +29,8 @@ class SubspaceFusionConfig:
 
     Attributes:
         modalities: by name: one bag, and one or more tables with the gene groups of the branches.
+            Without tables or without the bag, as single-modality baselines are, the branches are
+            what they are where these are absent.
         outputs: number of logits by task.
         tumor, microenvironment: the gene groups each branch reads: "group", or "table/group" where
             several tables have a group of that name. A table without groups is one of its own name.
@@ -139,25 +141,25 @@ class SubspaceFusionConfig:
         object.__setattr__(self, "gene_widths", tuple(widths))
 
     @property
-    def bag(self) -> str:
-        """The one bag.
+    def bag(self) -> str | None:
+        """The one bag, or None.
 
         Raises:
-            ValueError: there is none, several, or a modality the model cannot read.
+            ValueError: there are several, or a modality the model cannot read.
         """
         bags = [name for name, item in self.modalities.items() if item.kind == "bag"]
-        if len(bags) != 1:
-            raise ValueError(f"modalities holds the bags {bags}; subspace fusion reads exactly one")
+        if len(bags) > 1:
+            raise ValueError(f"modalities holds the bags {bags}; subspace fusion reads one")
         for name, item in self.modalities.items():
             if item.kind not in ("bag", "table"):
                 raise ValueError(
                     f"modality {name!r} is of kind {item.kind!r}; subspace fusion reads one bag "
                     "and tables"
                 )
-        return bags[0]
+        return bags[0] if bags else None
 
     def gene_columns(self) -> dict[str, dict[str, tuple[int, ...]]]:
-        """Columns of each table, by branch and table.
+        """Columns of each table, by branch and table; none where there is no table.
 
         Checked where a model is built: a preset is made before its groups are set.
 
@@ -166,6 +168,8 @@ class SubspaceFusionConfig:
                 branch.
         """
         groups = gene_groups(self.modalities)
+        if not groups:
+            return {branch: {} for branch in BRANCHES}
         found = {branch: self._columns(branch, groups) for branch in BRANCHES}
         for table in dict.fromkeys(table for table, _, _ in groups):
             if not any(table in columns for columns in found.values()):

@@ -127,7 +127,7 @@ class SubspaceFusion(FusionModel):
     def _lay_out(self, inputs: Mapping[str, Modality]) -> tuple[SlideLayout | None, int]:
         config = self.config
         tokens, n_samples = encode_inputs(inputs, config.modalities)
-        if config.bag not in tokens:
+        if config.bag is None or config.bag not in tokens:
             return None, n_samples
         attention = self.branches[BRANCHES[0]].attention
         # no point of one map reaches the next: at most so many coarse cells beyond its own

@@ -69,7 +69,6 @@ TABLE = MODALITIES["genes"]
 @pytest.mark.parametrize(
     ("modalities", "words"),
     [
-        ({"genes": TABLE}, r"modalities holds the bags \[\]; subspace fusion reads exactly one"),
         ({"genes": TABLE, "a": BAG, "b": BAG}, r"holds the bags \['a', 'b'\]"),
         (
             {"genes": TABLE, "a": BAG, "scan": ModalityConfig("array", 1, axes=2)},

@@ -286,6 +286,19 @@ def test_the_registry_and_the_base_class_know_it() -> None:
     assert importance.shape == (3, 7)
 
 
+@pytest.mark.parametrize("name", MODALITIES)
+def test_a_model_of_one_modality(name: str) -> None:
+    """As single-modality baselines are built: it has no weights for the other."""
+    model = SubspaceFusion(replace(small(), modalities={name: MODALITIES[name]}))
+    inputs = without({name: batch()[name]}, name, [1])
+    output = model(inputs)
+    _loss(output).backward()
+    assert output.logits["survival"].isfinite().all()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    maps = model.patch_maps(inputs)
+    assert list(maps) == (["slides"] if name == "slides" else [])
+
+
 def test_coordinates_that_are_not_there() -> None:
     inputs = batch()
     bare = {**inputs, "slides": inputs["slides"]._replace(coords=None)}
