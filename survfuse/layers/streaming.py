@@ -15,7 +15,7 @@ from survfuse.ragged import Ragged
 
 # rows of a piece: long enough for a product of matrices to run at full speed, short enough that
 # what a piece needs for its gradients is small beside a bag
-_ROWS_ON_CPU = 2048
+_ROWS_ON_CPU = 3072
 _ROWS_ON_DEVICE = 16384
 
 
