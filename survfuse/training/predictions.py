@@ -14,10 +14,11 @@ from survfuse.extras import require
 from survfuse.training.config import TrainConfig
 from survfuse.training.config_files import load_config
 from survfuse.training.device import pick_device
+from survfuse.training.fold_models import fold_models
 from survfuse.training.loop import predict_logits, risk_of
-from survfuse.training.model import NEURAL, build_model
+from survfuse.training.model import NEURAL
 from survfuse.training.protocols import leaks
-from survfuse.training.run_folder import RunFolder, RunFolderError, read_json
+from survfuse.training.run_folder import RunFolder, RunFolderError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -98,7 +99,7 @@ def predict(
 
     Returns:
         A frame with one row per seed, fold and row of the cohort: seed, fold, unit_id, patient_id,
-        time, event, risk and the logits.
+        time, event (NaN where the outcome is not known), risk and the logits.
 
     Raises:
         TypeError: `cohort` is no cohort.
@@ -106,7 +107,7 @@ def predict(
         ValueError: the cohort lacks a column that the models need.
     """
     pd = require("pandas", extra="train")
-    from survfuse.data.cohort import Cohort, PreparedCohort
+    from survfuse.data.cohort import Cohort
 
     if not isinstance(cohort, Cohort):
         raise TypeError(f"cohort is {cohort!r}; it must be a survfuse.data.Cohort")
@@ -116,31 +117,25 @@ def predict(
         raise RunFolderError(f"{run.path} holds no run")
     config = load_config(run.config)
     where = pick_device(device)
-    rows = np.arange(len(cohort))
+    unknown = np.isnan(cohort.time)
     parts = []
-    for files in run.folds():
-        record = files.done
-        if record is None or not files.weights.is_file():
-            raise RunFolderError(f"{files.path} holds no finished neural model; resume the run")
-        prepared = PreparedCohort.from_state(cohort, read_json(files.preprocessing))
-        model = build_model(config, prepared).to(where)
-        model.load_state_dict(torch.load(files.weights, map_location=where, weights_only=True))
-        table = score_rows(model, config, prepared, rows, where)
+    for fold in fold_models(run, config, cohort, where):
+        rows = np.arange(len(cohort))
+        logits = predict_logits(fold.model, fold.prepared, rows, config, where)
         frame = pd.DataFrame(
             {
-                "seed": record["seed"],
-                "fold": record["fold"],
-                "unit_id": table.unit_ids,
-                "patient_id": table.patient_ids,
-                "time": table.time,
-                "event": table.event,
-                "risk": table.risk,
+                "seed": fold.seed,
+                "fold": fold.fold,
+                "unit_id": cohort.unit_ids,
+                "patient_id": cohort.patient_ids,
+                "time": cohort.time,
+                # a bool cannot say that it is not known
+                "event": np.where(unknown, np.nan, cohort.event) if unknown.any() else cohort.event,
+                "risk": risk_of(logits, config).double().numpy(),
             }
         )
-        if table.logits is not None:
-            for k, column in enumerate(table.logits.T):
+        if config.loss.name == "nll":
+            for k, column in enumerate(logits.double().numpy().T):
                 frame[f"logit_{k}"] = column
         parts.append(frame)
-    if not parts:
-        raise RunFolderError(f"{run.path} holds no finished fold; resume the run")
     return pd.concat(parts, ignore_index=True)

@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 
 from survfuse.data.splits import Split
 from survfuse.evaluation.comparison import Comparison
 from survfuse.evaluation.predictions import Predictions
-from survfuse.evaluation.report import Report
-from survfuse.training.config import ModelConfig, TrainConfig
+from survfuse.evaluation.report import Report, evaluate
+from survfuse.evaluation.report_files import write_report
+from survfuse.training.baselines import baseline_configs, unimodal_by_patient
+from survfuse.training.config import UNIMODAL, TrainConfig
 from survfuse.training.config_files import (
     ConfigError,
     absolute_paths,
@@ -26,6 +29,7 @@ from survfuse.training.config_files import (
 from survfuse.training.device import bags_to_device, pick_device
 from survfuse.training.folds import FoldPlan, plan_folds
 from survfuse.training.identity import fingerprint, fingerprint_folds
+from survfuse.training.missing import check_designs, score_missing
 from survfuse.training.model import NEURAL, check_modality_names, check_model
 from survfuse.training.predictions import make_predictions
 from survfuse.training.report import oracle_concordance, write_reports
@@ -39,7 +43,7 @@ from survfuse.training.run_folder import (
     write_metrics_table,
 )
 from survfuse.training.run_folds import Progress, prepare, run_folds
-from survfuse.training.sources import LoadedCohort, load_cohort
+from survfuse.training.sources import LoadedCohort, load_cohort, shape_cohort
 
 if TYPE_CHECKING:
     from survfuse.data.cohort import Cohort, PreparedCohort
@@ -151,34 +155,6 @@ def resume(
     return fit(config, folder, resume=True, cohort=cohort, split=split, progress=progress)
 
 
-def baseline_config(config: TrainConfig, name: str, modalities: list[str]) -> TrainConfig:
-    """The configuration of a baseline: the same data, protocol and seeds, another model.
-
-    Args:
-        config: the run it is compared with.
-        name: one of `survfuse.training.config.BASELINES`, or "only:<modality>".
-        modalities: those the cohort has.
-
-    Raises:
-        ConfigError: "only:<modality>" names another.
-    """
-    model, data = ModelConfig(name=name), config.data
-    if name.startswith("only:"):
-        modality = name.partition(":")[2]
-        if modality not in modalities:
-            raise ConfigError(
-                f'evaluation.baselines holds "{name}"; the modalities are {", ".join(modalities)}'
-            )
-        model, data = config.model, dataclasses.replace(data, modalities=(modality,))
-    return dataclasses.replace(
-        config,
-        data=data,
-        model=model,
-        evaluation=dataclasses.replace(config.evaluation, baselines=(), figures=False),
-        title=name,
-    )
-
-
 class RunPlan(NamedTuple):
     """What a run does."""
 
@@ -198,10 +174,8 @@ def plan_run(config: TrainConfig, loaded: LoadedCohort) -> RunPlan:
     """
     device = pick_device(config.training.device)
     folds = plan_folds(config, loaded.cohort, loaded.split)
-    baselines = {
-        name: baseline_config(config, name, list(loaded.cohort.modalities))
-        for name in config.evaluation.baselines
-    }
+    baselines = baseline_configs(config, list(loaded.cohort.modalities))
+    check_designs(config, loaded.cohort, folds)
     if not config.data.modalities:
         # of a choice of modalities the others may keep their settings
         check_modality_names(config, loaded.cohort.modalities)
@@ -226,8 +200,11 @@ def _given_cohort(config: TrainConfig, cohort: Cohort, split: Split | None) -> L
             'protocol.split is "given": pass split= beside cohort=, or set protocol.split to '
             '"patients", "sites", "rows" or "published"'
         )
-    chosen = cohort.only(config.data.modalities) if config.data.modalities else cohort
-    return LoadedCohort(chosen, split, None, given=True)
+    if np.isnan(cohort.time).any():
+        raise ValueError(
+            f"cohort {cohort.name!r} holds rows without outcome; it can be scored, not trained on"
+        )
+    return LoadedCohort(shape_cohort(config.data, cohort), split, None, given=True)
 
 
 def _run(
@@ -275,6 +252,12 @@ def _locked_run(
         baselines[name] = _run(
             baseline, folder.baseline(name), reduced, progress, threads=environment["threads"]
         )
+    if UNIMODAL in config.evaluation.baselines:
+        baselines[UNIMODAL] = _unimodal(config, folder, loaded.cohort, baselines)
+    if config.evaluation.missing:
+        trained = {name: result.predictions for name, result in baselines.items()}
+        with _threads(environment["threads"]):
+            score_missing(folder, config, cohort, plans, device, trained)
     oracles = None
     if loaded.oracle is not None:
         oracles = oracle_concordance(loaded.cohort, plans, loaded.oracle)
@@ -290,6 +273,24 @@ def _locked_run(
     return RunResult(
         folder.path, config, predictions, metrics, report, comparison, oracles, baselines
     )
+
+
+def _unimodal(
+    config: TrainConfig, folder: RunFolder, cohort: Cohort, baselines: dict[str, RunResult]
+) -> RunResult:
+    """The baseline that is made of those of single modalities; nothing of it is trained."""
+    singles = {name: baselines[f"only:{name}"].predictions for name in cohort.modalities}
+    predictions = unimodal_by_patient(singles, cohort)
+    settings = config.evaluation
+    report = evaluate(
+        predictions, resamples=settings.bootstrap, level=settings.level, seed=settings.seed
+    )
+    path = folder.baseline(UNIMODAL).path
+    path.mkdir(parents=True, exist_ok=True)
+    predictions.save(path)
+    write_report(report, path)
+    config = dataclasses.replace(config, title=UNIMODAL)
+    return RunResult(path, config, predictions, [], report, None, None, {})
 
 
 def _check_or_write_head(

@@ -10,7 +10,7 @@ import numpy as np
 
 from survfuse.data.splits import Split
 from survfuse.extras import require
-from survfuse.training.config import DataConfig, TrainConfig
+from survfuse.training.config import GROUPS, DataConfig, TrainConfig
 from survfuse.training.config_files import ConfigError
 
 if TYPE_CHECKING:
@@ -34,8 +34,12 @@ class LoadedCohort(NamedTuple):
     given: bool = False  # came from Python, not from `config.data`
 
 
-def load_cohort(config: TrainConfig) -> LoadedCohort:
-    """The cohort of `config.data`, with the modalities it asks for.
+def load_cohort(config: TrainConfig, *, unknown_outcomes: bool = False) -> LoadedCohort:
+    """The cohort of `config.data`, with the modalities, gene groups and patches it asks for.
+
+    Args:
+        config: its data section, and what a row is.
+        unknown_outcomes: keep patients whose outcome is not known, to be scored by a trained model.
 
     Raises:
         ConfigError: a setting does not fit the source.
@@ -47,16 +51,72 @@ def load_cohort(config: TrainConfig) -> LoadedCohort:
         "survpath": _survpath,
         "slides": _slides,
     }
-    loaded = readers[config.data.source](config)
+    read = readers[config.data.source]
+    loaded = read(config, unknown_outcomes) if read in (_tcga, _survpath) else read(config)
     cohort = loaded.cohort
     if config.data.bags == "simulated" and config.data.source != "simulated":
         cohort = _with_simulated_bags(config.data, cohort)
-    if config.data.modalities:
+    return loaded._replace(cohort=shape_cohort(config.data, cohort))
+
+
+def shape_cohort(data: DataConfig, cohort: Cohort) -> Cohort:
+    """A cohort with the modalities, gene groups and patches that a data section asks for.
+
+    Raises:
+        ConfigError: it has no such modality, table or bags.
+        FileNotFoundError: there is no file of gene groups.
+    """
+    if data.groups is not None:
+        cohort = _with_groups(data, cohort)
+    if data.modalities:
         try:
-            cohort = cohort.only(config.data.modalities)
+            cohort = cohort.only(data.modalities)
         except ValueError as error:
             raise ConfigError(f"data.modalities: {error}") from None
-    return loaded._replace(cohort=cohort)
+    patches = data.patches
+    if patches.fraction == 1 and not patches.shuffle_coords:
+        return cohort
+    from survfuse.data.patch_subset import with_patch_subset
+
+    try:
+        return with_patch_subset(
+            cohort,
+            fraction=patches.fraction,
+            shuffle_coords=patches.shuffle_coords,
+            seed=patches.seed,
+        )
+    except ValueError as error:
+        raise ConfigError(f"data.patches: {error}") from None
+
+
+def _with_groups(data: DataConfig, cohort: Cohort) -> Cohort:
+    from survfuse.data.gene_groups import with_gene_groups
+    from survfuse.data.omics import read_signatures
+
+    if data.groups == "subspaces":
+        from survfuse.data.subspaces import subspace_groups
+
+        families, hallmarks = (_signature_file(data, name) for name in ("families", "hallmarks"))
+        genes = subspace_groups(families, hallmarks)
+    else:
+        genes = read_signatures(_signature_file(data, str(data.groups)))
+    try:
+        return with_gene_groups(
+            cohort,
+            genes,
+            source=f'data.groups "{data.groups}"',
+            expression_only=data.groups == "subspaces",
+        )
+    except ValueError as error:
+        raise ConfigError(f"data.groups: {error}") from None
+
+
+def _signature_file(data: DataConfig, name: str) -> Path:
+    if name not in GROUPS:
+        return Path(name)
+    if name == "families":
+        return _folder(data) / "tcga_omics" / "mcat_signatures.csv"
+    return _folder(data) / "survpath" / f"{name}_signatures.csv"
 
 
 def _simulated(config: TrainConfig) -> LoadedCohort:
@@ -83,7 +143,7 @@ def _simulated(config: TrainConfig) -> LoadedCohort:
     return LoadedCohort(simulation.cohort, simulation.split, simulation.truth.oracle_risks())
 
 
-def _tcga(config: TrainConfig) -> LoadedCohort:
+def _tcga(config: TrainConfig, unknown_outcomes: bool) -> LoadedCohort:
     from survfuse.data.cohort_files import read_cohort
 
     data = config.data
@@ -97,13 +157,13 @@ def _tcga(config: TrainConfig) -> LoadedCohort:
         types=data.types or None,
         outcomes=outcomes,
         endpoint=data.endpoint,
-        missing_outcome="error" if outcomes is None else "drop",
+        missing_outcome="keep" if unknown_outcomes else "error" if outcomes is None else "drop",
         bags=_bag_path(data),
     )
     return LoadedCohort(cohort, None, None)
 
 
-def _survpath(config: TrainConfig) -> LoadedCohort:
+def _survpath(config: TrainConfig, unknown_outcomes: bool) -> LoadedCohort:
     from survfuse.data.cohort_files import read_cohort
 
     data = config.data
@@ -114,7 +174,7 @@ def _survpath(config: TrainConfig) -> LoadedCohort:
         rows=config.protocol.rows,
         tables=data.tables,
         endpoint=data.endpoint,
-        missing_outcome="drop",
+        missing_outcome="keep" if unknown_outcomes else "drop",
         bags=_bag_path(data),
     )
     return LoadedCohort(cohort, None, None)
