@@ -45,7 +45,7 @@ def evaluate_command(
     from survfuse.evaluation.comparison import compare
     from survfuse.evaluation.report import evaluate
     from survfuse.evaluation.report_files import (
-        comparison_markdown,
+        models_markdown,
         report_markdown,
         write_comparison,
         write_concordance_figure,
@@ -79,9 +79,9 @@ def evaluate_command(
         print(json.dumps(found, indent=2, allow_nan=False))
         return
     if comparison is None:
-        _print_markdown(report_markdown(reports[0]))
+        print_markdown(report_markdown(reports[0]))
     else:
-        _print_markdown(_table(reports) + "\n" + comparison_markdown(comparison))
+        print_markdown(models_markdown(reports, comparison))
 
 
 def _load(run: Path) -> Predictions:
@@ -111,20 +111,7 @@ def _named(predictions: Sequence[Predictions], runs: Sequence[Path]) -> list[Pre
     ]
 
 
-def _table(reports: Sequence) -> str:
-    from survfuse.evaluation.report_files import interval_text
-
-    lines = ["| model | protocol | Harrell's C | Uno's C | IBS |", "|---|---|---|---|---|"]
-    for report in reports:
-        uno = "-" if report.uno is None else interval_text(report.uno)
-        brier = "-" if report.integrated_brier is None else f"{report.integrated_brier:.3f}"
-        protocol = f"{report.protocol}, leaks" if report.leakage else report.protocol
-        harrell = interval_text(report.concordance)
-        lines.append(f"| {report.model} | {protocol} | {harrell} | {uno} | {brier} |")
-    return "\n".join(lines) + "\n"
-
-
-def _print_markdown(text: str) -> None:
+def print_markdown(text: str) -> None:
     """Rendered on a terminal, as it is into a file or pipe."""
     from rich.console import Console
     from rich.markdown import Markdown

@@ -11,6 +11,7 @@ import numpy as np
 from survfuse.evaluation.predictions import FoldPredictions, PatientTable, Predictions
 from survfuse.training.config import UNIMODAL, ModelConfig, TrainConfig
 from survfuse.training.config_files import ConfigError
+from survfuse.training.linear import LINEAR
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,16 +37,23 @@ def baseline_config(config: TrainConfig, name: str, modalities: list[str]) -> Tr
             raise ConfigError(
                 f'evaluation.baselines holds "{name}"; the modalities are {", ".join(modalities)}'
             )
-        model, data = config.model, dataclasses.replace(config.data, modalities=(rest,))
+        data = dataclasses.replace(config.data, modalities=(rest,))
+        config = dataclasses.replace(config, data=data)
     else:
-        model, data = ModelConfig(name=kind, preset=rest or None), config.data
+        config = other_model(config, ModelConfig(name=kind, preset=rest or None))
     return dataclasses.replace(
         config,
-        data=data,
-        model=model,
         evaluation=dataclasses.replace(config.evaluation, baselines=(), missing=(), figures=False),
         title=name,
     )
+
+
+def other_model(config: TrainConfig, model: ModelConfig) -> TrainConfig:
+    """The configuration with another model: whatever belongs to the run's own model goes."""
+    evaluation = config.evaluation
+    if model.name in LINEAR:
+        evaluation = dataclasses.replace(evaluation, missing=())
+    return dataclasses.replace(config, model=model, evaluation=evaluation)
 
 
 def baseline_configs(config: TrainConfig, modalities: list[str]) -> dict[str, TrainConfig]:

@@ -32,14 +32,20 @@ def load_fold(
 
     Raises:
         RunFolderError: the fold is not finished, or its model has no weights.
-        ValueError: the cohort lacks a column that the model needs.
+        ValueError: the cohort lacks a column that the model needs, or all its modalities.
     """
     from survfuse.data.cohort import PreparedCohort
 
     record = files.done
     if record is None or not files.weights.is_file():
         raise RunFolderError(f"{files.path} holds no finished neural model; resume the run")
-    prepared = PreparedCohort.from_state(cohort, read_json(files.preprocessing))
+    state = read_json(files.preprocessing)
+    if not set(state["channels"]) & set(cohort.modalities):
+        raise ValueError(
+            f"{cohort.name} has the modalities {', '.join(cohort.modalities)}; the model reads "
+            f"{', '.join(state['channels'])}, and it must have one of them"
+        )
+    prepared = PreparedCohort.from_state(cohort, state)
     model = build_model(config, prepared).to(device).eval()
     model.load_state_dict(torch.load(files.weights, map_location=device, weights_only=True))
     return FoldModel(record["seed"], record["fold"], files, model, prepared)

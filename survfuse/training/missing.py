@@ -193,7 +193,7 @@ def _comparator(
         for modality, mask in withheld(name, cohort, rows, seed).items():
             masks[modality][rows] = mask
         reduced = {
-            n: dataclasses.replace(one, folds=[_only_rows(one.folds[k], fold.test)])
+            n: dataclasses.replace(one, head="risk", folds=[_only_rows(one.folds[k], fold.test)])
             for n, one in singles.items()
         }
         folds += unimodal_by_patient(reduced, withhold_rows(cohort, masks)).folds

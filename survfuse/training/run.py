@@ -111,14 +111,7 @@ def fit(
         )
     folder = RunFolder(out)
     config = absolute_paths(config, Path.cwd())
-    if resume and not folder.exists:
-        raise RunFolderError(f"{folder.path} holds no run to resume (no {folder.config.name})")
-    if not resume and folder.exists:
-        raise RunFolderError(
-            f"{folder.path} holds a run already; resume it or choose another folder"
-        )
-    if resume and (difference := _first_difference(config, load_config(folder.config))):
-        raise RunFolderError(f"{folder.path} was begun with another configuration: {difference}")
+    check_folder(config, folder, resume=resume)
     if cohort is not None:
         loaded = _given_cohort(config, cohort, split)
     elif resume and read_json(folder.environment)["cohort"].get("given"):
@@ -129,7 +122,23 @@ def fit(
         )
     else:
         loaded = load_cohort(config)
-    return _run(config, folder, loaded, progress or _silent)
+    return run_loaded(config, folder, loaded, progress)
+
+
+def check_folder(config: TrainConfig, folder: RunFolder, *, resume: bool) -> None:
+    """Raise unless a run of `config` can begin in a folder, or go on in it.
+
+    Raises:
+        RunFolderError: it holds a run already (without `resume`), none, or another (with it).
+    """
+    if resume and not folder.exists:
+        raise RunFolderError(f"{folder.path} holds no run to resume (no {folder.config.name})")
+    if not resume and folder.exists:
+        raise RunFolderError(
+            f"{folder.path} holds a run already; resume it or choose another folder"
+        )
+    if resume and (difference := _first_difference(config, load_config(folder.config))):
+        raise RunFolderError(f"{folder.path} was begun with another configuration: {difference}")
 
 
 def resume(
@@ -207,18 +216,25 @@ def _given_cohort(config: TrainConfig, cohort: Cohort, split: Split | None) -> L
     return LoadedCohort(shape_cohort(config.data, cohort), split, None, given=True)
 
 
-def _run(
+def run_loaded(
     config: TrainConfig,
     folder: RunFolder,
     loaded: LoadedCohort,
-    progress: Progress,
+    progress: Progress | None = None,
     *,
     threads: int | None = None,
 ) -> RunResult:
+    """Begin a run on a cohort that was read, or go on with it; `check_folder` said which.
+
+    Args:
+        config, folder, progress: as in `fit`, paths absolute.
+        loaded: its cohort.
+        threads: CPU threads; None takes the configuration's.
+    """
     plan = plan_run(config, loaded)
     with folder.lock():
         folder.remove_leftovers()
-        return _locked_run(config, folder, loaded, plan, progress, threads)
+        return _locked_run(config, folder, loaded, plan, progress or _silent, threads)
 
 
 def _locked_run(
@@ -249,7 +265,7 @@ def _locked_run(
         if name.startswith("only:"):
             reduced = loaded._replace(cohort=loaded.cohort.only(baseline.data.modalities))
         # with the threads of the run, wherever it is resumed
-        baselines[name] = _run(
+        baselines[name] = run_loaded(
             baseline, folder.baseline(name), reduced, progress, threads=environment["threads"]
         )
     if UNIMODAL in config.evaluation.baselines:

@@ -34,12 +34,13 @@ class LoadedCohort(NamedTuple):
     given: bool = False  # came from Python, not from `config.data`
 
 
-def load_cohort(config: TrainConfig, *, unknown_outcomes: bool = False) -> LoadedCohort:
+def load_cohort(config: TrainConfig, *, external: bool = False) -> LoadedCohort:
     """The cohort of `config.data`, with the modalities, gene groups and patches it asks for.
 
     Args:
         config: its data section, and what a row is.
-        unknown_outcomes: keep patients whose outcome is not known, to be scored by a trained model.
+        external: for a trained model to score: patients of unknown outcome are kept, gene groups
+            are left to what was frozen with the model, and bags may be lacking.
 
     Raises:
         ConfigError: a setting does not fit the source.
@@ -52,21 +53,26 @@ def load_cohort(config: TrainConfig, *, unknown_outcomes: bool = False) -> Loade
         "slides": _slides,
     }
     read = readers[config.data.source]
-    loaded = read(config, unknown_outcomes) if read in (_tcga, _survpath) else read(config)
+    loaded = read(config, external) if read in (_tcga, _survpath) else read(config)
     cohort = loaded.cohort
     if config.data.bags == "simulated" and config.data.source != "simulated":
         cohort = _with_simulated_bags(config.data, cohort)
-    return loaded._replace(cohort=shape_cohort(config.data, cohort))
+    return loaded._replace(cohort=shape_cohort(config.data, cohort, external=external))
 
 
-def shape_cohort(data: DataConfig, cohort: Cohort) -> Cohort:
+def shape_cohort(data: DataConfig, cohort: Cohort, *, external: bool = False) -> Cohort:
     """A cohort with the modalities, gene groups and patches that a data section asks for.
+
+    Args:
+        data: the section.
+        cohort: with all there is.
+        external: see `load_cohort`.
 
     Raises:
         ConfigError: it has no such modality, table or bags.
         FileNotFoundError: there is no file of gene groups.
     """
-    if data.groups is not None:
+    if data.groups is not None and not external:
         cohort = _with_groups(data, cohort)
     if data.modalities:
         try:
@@ -78,6 +84,10 @@ def shape_cohort(data: DataConfig, cohort: Cohort) -> Cohort:
         return cohort
     from survfuse.data.patch_subset import with_patch_subset
 
+    kinds = {source.kind for source in cohort.modalities.values()}
+    # those that were chosen, for example by a single-modality baseline, need not hold bags
+    if "bag" not in kinds and (external or data.modalities):
+        return cohort
     try:
         return with_patch_subset(
             cohort,
@@ -94,10 +104,10 @@ def _with_groups(data: DataConfig, cohort: Cohort) -> Cohort:
     from survfuse.data.omics import read_signatures
 
     if data.groups == "subspaces":
-        from survfuse.data.subspaces import subspace_groups
+        from survfuse.data.subspaces import subspace_genes
 
         families, hallmarks = (_signature_file(data, name) for name in ("families", "hallmarks"))
-        genes = subspace_groups(families, hallmarks)
+        genes = subspace_genes(families, hallmarks)
     else:
         genes = read_signatures(_signature_file(data, str(data.groups)))
     try:
@@ -143,7 +153,7 @@ def _simulated(config: TrainConfig) -> LoadedCohort:
     return LoadedCohort(simulation.cohort, simulation.split, simulation.truth.oracle_risks())
 
 
-def _tcga(config: TrainConfig, unknown_outcomes: bool) -> LoadedCohort:
+def _tcga(config: TrainConfig, external: bool) -> LoadedCohort:
     from survfuse.data.cohort_files import read_cohort
 
     data = config.data
@@ -157,13 +167,13 @@ def _tcga(config: TrainConfig, unknown_outcomes: bool) -> LoadedCohort:
         types=data.types or None,
         outcomes=outcomes,
         endpoint=data.endpoint,
-        missing_outcome="keep" if unknown_outcomes else "error" if outcomes is None else "drop",
+        missing_outcome="keep" if external else "error" if outcomes is None else "drop",
         bags=_bag_path(data),
     )
     return LoadedCohort(cohort, None, None)
 
 
-def _survpath(config: TrainConfig, unknown_outcomes: bool) -> LoadedCohort:
+def _survpath(config: TrainConfig, external: bool) -> LoadedCohort:
     from survfuse.data.cohort_files import read_cohort
 
     data = config.data
@@ -174,7 +184,7 @@ def _survpath(config: TrainConfig, unknown_outcomes: bool) -> LoadedCohort:
         rows=config.protocol.rows,
         tables=data.tables,
         endpoint=data.endpoint,
-        missing_outcome="keep" if unknown_outcomes else "drop",
+        missing_outcome="keep" if external else "drop",
         bags=_bag_path(data),
     )
     return LoadedCohort(cohort, None, None)
