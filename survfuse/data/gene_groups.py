@@ -48,6 +48,6 @@ def with_gene_groups(
         used = used or bool(groups)
         changed[name] = dataclasses.replace(table, groups=groups)
     if not used:
-        kind = " as expression" if expression_only else ""
+        kind = " as expression (an rnaseq column)" if expression_only else ""
         raise ValueError(f"no gene of {source} is in a table of {cohort.name}{kind}")
     return dataclasses.replace(cohort, modalities=changed)

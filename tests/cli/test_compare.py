@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_cases import TINY, call, interrupt
 
 from survfuse.models.mean_pool import MeanPoolConfig
-from tests.cli.test_commands import TINY, call, interrupt
 
 
 @pytest.fixture(autouse=True, scope="module")

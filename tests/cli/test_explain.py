@@ -8,9 +8,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from cli_cases import call
 
 from survfuse.training.inspection import COLUMNS
-from tests.cli.test_commands import call
 
 STUDY = """
 data:

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from cli_cases import call
 
 from survfuse.training.run_folder import RunFolder, read_json
-from tests.cli.test_commands import call
 
 STUDY = """
 data: {source: tcga_omics, folder: data, cohort: ours, groups: groups.csv}

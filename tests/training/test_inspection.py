@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from training_cases import given_split, small_cohort, small_config
 
 from survfuse.data.modalities import TableModality
 from survfuse.models.base import FusionModel
@@ -18,7 +19,6 @@ from survfuse.training.external import ENSEMBLE, external_scores, trained_on
 from survfuse.training.fold_models import fold_models
 from survfuse.training.inspection import COLUMNS, explain_parts
 from survfuse.training.run_folder import RunFolder, RunFolderError
-from tests.training.training_cases import given_split, small_cohort, small_config
 
 SEEDS = [1, 2]
 TEST = [f"P-{i:03d}" for i in range(50, 60)]

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from training_cases import given_split, small_cohort, small_config
 
 from survfuse.evaluation.predictions import Predictions
 from survfuse.training import ConfigError, fit
 from survfuse.training.baselines import baseline_config, training_rank, unimodal_by_patient
 from survfuse.training.missing import complete_rows, withheld
-from tests.training.training_cases import given_split, small_cohort, small_config
 
 BASELINES = ["unimodal_by_patient", "mean_pool:default", "clinical_cox"]
 QUICK = {"training": {"epochs": 1, "batch_size": 16}}

@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
+from training_cases import small_config
 
 from survfuse.models.mean_pool import MeanPoolConfig
 from survfuse.training import ConfigError, compare_runs, load_config
 from survfuse.training.run_comparison import ablation_configs, model_configs
 from survfuse.training.run_folder import RunFolderError
-from tests.training.training_cases import small_config
 
 SIZES = {"n_train": 24, "n_inner": 0, "n_test": 16}
 
