@@ -86,8 +86,11 @@ class Batch(NamedTuple):
     event: Tensor  # [B] bool, True where the event was seen
     label: Tensor  # [B] int64, time bin, -1 where unknown
     rows: Tensor  # [B] int64, rows of the cohort
+    # by name [B] int64, a class, -1 where unknown; never written to
+    targets: dict[str, Tensor] = {}  # noqa: RUF012
 
     def to(self, device: torch.device | str) -> Batch:
         inputs = {name: modality.to(device) for name, modality in self.inputs.items()}
-        rest = (tensor.to(device) for tensor in self[1:])
-        return Batch(inputs, *rest)
+        outcomes = (tensor.to(device) for tensor in self[1:5])
+        targets = {name: label.to(device) for name, label in self.targets.items()}
+        return Batch(inputs, *outcomes, targets)

@@ -48,6 +48,12 @@ CALLS = {
             "n_train=9, n_test=3)",
         },
     ),
+    "sklearn": (
+        "train",
+        {
+            "macro_auc": "call('evaluation.classification', 'macro_auc', [0, 1], [[1, 0], [0, 1]])",
+        },
+    ),
     "matplotlib": (
         "train",
         {

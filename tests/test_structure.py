@@ -65,7 +65,7 @@ EXCEPTIONS = {
 BASE = {"torch", "numpy", "survfuse"}
 OPTIONAL = {
     *("h5py", "matplotlib", "openpyxl", "openslide", "pandas", "PIL", "pydantic", "rich"),
-    *("pytest", "pytest_benchmark", "scipy", "triton", "typer", "yaml"),
+    *("pytest", "pytest_benchmark", "scipy", "sklearn", "triton", "typer", "yaml"),
 }
 # where an optional library may be imported at the top: modules nobody imports without needing it
 TOP_LEVEL = {

@@ -70,7 +70,7 @@ def compare_command(
     The model that the file names keeps its settings; others take those of their preset. Without
     --models and --model it is the file's own model that is compared with the further files. --set
     and --data count for every file. Each run lies in <out>/<name>; the table is compare.md, .json
-    and .csv.
+    and .csv. Differences are tested for survival; class tasks are put side by side.
     """
     from survfuse.training.config_files import ConfigError, load_config
     from survfuse.training.run_comparison import model_configs
@@ -126,7 +126,7 @@ def _title(config: TrainConfig, path: Path) -> str:
 def _train(
     runs: Mapping[str, TrainConfig], out: Path, *, resume: bool, all_pairs: bool, quiet: bool
 ) -> None:
-    from survfuse.evaluation.report_files import models_markdown
+    from survfuse.evaluation.model_comparison import models_markdown
     from survfuse.training.run_comparison import compare_runs
 
     interrupt_on_termination()
@@ -137,5 +137,8 @@ def _train(
         said = f"what was trained is in {out}; the same command with --resume goes on"
         print(f"\nstopped; {said if out.exists() else 'nothing was trained yet'}", file=sys.stderr)
         raise typer.Exit(130) from None
-    print_markdown(models_markdown(found.reports, found.comparison))
+    notes = () if found.comparison is not None else found.notes
+    print_markdown(
+        models_markdown(found.reports, found.comparison, found.class_reports, notes=notes)
+    )
     print(f"everything is in {out}")

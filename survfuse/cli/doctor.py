@@ -20,7 +20,9 @@ from typing import Any
 
 # extra -> modules it brings, as they are imported
 EXTRAS = {
-    "train": ("h5py", "matplotlib", "pandas", "pydantic", "yaml", "rich", "scipy", "typer"),
+    "train": (
+        *("h5py", "matplotlib", "pandas", "pydantic", "yaml", "rich", "scipy", "sklearn", "typer"),
+    ),
     "slides": ("openslide", "PIL", "h5py"),
     "bench": ("pytest", "pytest_benchmark", "matplotlib", "rich", "typer"),
     "test": ("hypothesis", "sksurv"),

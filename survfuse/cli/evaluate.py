@@ -6,12 +6,11 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any, TypeVar
 
 import typer
 
-if TYPE_CHECKING:
-    from survfuse.evaluation.predictions import Predictions
+_T = TypeVar("_T")
 
 
 def evaluate_command(
@@ -35,17 +34,43 @@ def evaluate_command(
     Needs no model and no GPU: everything is computed from the runs' predictions.
 
     \b
-    One run: Harrell's and Uno's C, Brier score, AUC, log-rank test, each with what it rests on:
+    One run: Harrell's and Uno's C, Brier score, AUC, log-rank test, each with what it rests on,
+    and AUC, balanced accuracy, macro F1 and quadratic kappa of each of its class tasks:
         survfuse evaluate runs/kirp
 
     \b
     A model against baselines, paired by patient and fold, with Holm-adjusted p-values:
         survfuse evaluate runs/kirp runs/kirp/baselines/clinical_cox runs/other --out tables
     """
+    settings = {"resamples": resamples, "level": level, "seed": seed}
+    tasks = _check_runs(runs)
+    survival = [run for run in runs if (run / "predictions.json").is_file()]
+    text, found = [], {}
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    if survival:
+        text.append(_survival(survival, out, all_pairs, settings, found))
+    for task in tasks:
+        text.append(_classes(task, runs, out, settings, found))
+    if as_json:
+        print(json.dumps(found, indent=2, allow_nan=False))
+    else:
+        print_markdown("\n".join(text))
+
+
+def _survival(
+    runs: Sequence[Path],
+    out: Path | None,
+    all_pairs: bool,
+    settings: dict[str, Any],
+    found: dict[str, Any],
+) -> str:
+    """Report on the survival task of one run, or compare that of several; Markdown."""
     from survfuse.evaluation.comparison import compare
+    from survfuse.evaluation.model_comparison import models_markdown
+    from survfuse.evaluation.predictions import Predictions
     from survfuse.evaluation.report import evaluate
     from survfuse.evaluation.report_files import (
-        models_markdown,
         report_markdown,
         write_comparison,
         write_concordance_figure,
@@ -53,15 +78,11 @@ def evaluate_command(
         write_report,
     )
 
-    predictions = _named([_load(run) for run in runs], runs)
-    settings = {"resamples": resamples, "level": level, "seed": seed}
+    predictions = _named([Predictions.load(run) for run in runs], runs)
     reports = [evaluate(one, **settings) for one in predictions]
-    comparison = None
-    if len(predictions) > 1:
-        comparison = compare(predictions, against_first=not all_pairs, **settings)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        if comparison is None:
+    found["reports"] = [report.as_dict() for report in reports]
+    if len(predictions) == 1:
+        if out is not None:
             write_report(reports[0], out)
             if not predictions[0].repeated:
                 try:
@@ -69,35 +90,61 @@ def evaluate_command(
                 except ValueError as error:
                     # the report stands without the figure
                     typer.echo(f"no Kaplan-Meier figure: {error}", err=True)
-        else:
-            write_comparison(comparison, out)
-            write_concordance_figure(reports, out)
-    if as_json:
-        found = {"reports": [report.as_dict() for report in reports]}
-        if comparison is not None:
-            found["comparison"] = comparison.as_dict()
-        print(json.dumps(found, indent=2, allow_nan=False))
-        return
-    if comparison is None:
-        print_markdown(report_markdown(reports[0]))
-    else:
-        print_markdown(models_markdown(reports, comparison))
+        return report_markdown(reports[0])
+    comparison = compare(predictions, against_first=not all_pairs, **settings)
+    found["comparison"] = comparison.as_dict()
+    if out is not None:
+        write_comparison(comparison, out)
+        write_concordance_figure(reports, out)
+    return models_markdown(reports, comparison)
 
 
-def _load(run: Path) -> Predictions:
-    from survfuse.evaluation.predictions import Predictions
+def _classes(
+    task: str,
+    runs: Sequence[Path],
+    out: Path | None,
+    settings: dict[str, Any],
+    found: dict[str, Any],
+) -> str:
+    """Report on a class task of one run, or tabulate that of the runs that have it; Markdown."""
+    from survfuse.evaluation.class_predictions import ClassPredictions, class_tasks_in
+    from survfuse.evaluation.class_report import (
+        class_report_markdown,
+        class_table,
+        evaluate_classes,
+        write_class_report,
+    )
 
-    if not run.is_dir():
-        raise FileNotFoundError(f"there is no run folder {run}")
-    if not (run / "predictions.json").is_file():
-        raise FileNotFoundError(
-            f"{run} holds no predictions.json; is the run finished? "
-            f"`survfuse train --resume {run}` goes on with one that is not"
-        )
-    return Predictions.load(run)
+    having = [run for run in runs if task in class_tasks_in(run)]
+    predictions = _named([ClassPredictions.load(run, task) for run in having], having)
+    reports = [evaluate_classes(one, **settings) for one in predictions]
+    found.setdefault("class_reports", {})[task] = [report.as_dict() for report in reports]
+    if len(reports) == 1:
+        if out is not None:
+            write_class_report(reports[0], out)
+        return class_report_markdown(reports[0])
+    return f"# {task}\n\n{class_table(reports)}"
 
 
-def _named(predictions: Sequence[Predictions], runs: Sequence[Path]) -> list[Predictions]:
+def _check_runs(runs: Sequence[Path]) -> list[str]:
+    """The class tasks that any run has; raises for a folder without predictions."""
+    from survfuse.evaluation.class_predictions import class_tasks_in
+
+    tasks: dict[str, None] = {}
+    for run in runs:
+        if not run.is_dir():
+            raise FileNotFoundError(f"there is no run folder {run}")
+        own = class_tasks_in(run)
+        if not own and not (run / "predictions.json").is_file():
+            raise FileNotFoundError(
+                f"{run} holds no predictions.json; is the run finished? "
+                f"`survfuse train --resume {run}` goes on with one that is not"
+            )
+        tasks.update(dict.fromkeys(own))
+    return list(tasks)
+
+
+def _named(predictions: Sequence[_T], runs: Sequence[Path]) -> list[_T]:
     """Each with a name of its own; where two are named alike, their folders tell them apart."""
     names = [one.model for one in predictions]
     folders = [run.resolve().name for run in runs]

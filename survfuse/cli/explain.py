@@ -21,6 +21,10 @@ def explain_command(
     top: Annotated[
         int, typer.Option("--top", help="Patches per patient and group; 0 for all.")
     ] = 50,
+    task: Annotated[
+        str | None,
+        typer.Option("--task", help="Explain this one; by default survival, else the first."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Write which patches, modalities and genes every model goes by, for its test patients.
@@ -35,14 +39,18 @@ def explain_command(
 --patients TCGA-A4-7915,TCGA-B9-4113 --top 0
 
     Columns: seed, fold, unit_id, kind, modality, group, item (number of the patch, or name of the
-    column), x, y (level-0 pixels), value. The same call writes the same bytes on a CPU.
+    column), x, y (level-0 pixels), value. The same call writes the same bytes on a CPU. Effects and
+    gradients are of the risk, of a task of levels of the expected level, and of classes of the
+    probability of each, named in the column group.
     """
     from survfuse.data.atomic import atomic_path
     from survfuse.training.inspection import COLUMNS, explain_parts
 
     kinds = [part.strip() for part in what.split(",") if part.strip()]
     names = [part.strip() for part in (patients or "").split(",") if part.strip()]
-    parts = explain_parts(run, what=kinds, patients=names or None, top=top, device=device)
+    parts = explain_parts(
+        run, what=kinds, patients=names or None, top=top, task=task, device=device
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     counts: dict[str, int] = {}
     with atomic_path(out) as temporary, temporary.open("w", newline="") as stream:

@@ -48,7 +48,8 @@ def predict_command(
 
     Writes one row per model and patient, and beside it <name>_patients.csv with the mean risk of
     every patient over the models. Patients without outcome are scored like the others. Where
-    outcomes are known, C of every model and of the mean is printed with its interval. Tables are
+    outcomes are known, C of every model and of the mean is printed with its interval. Class tasks
+    give the probability of every class; classes of the new patients are not read. Tables are
     matched by column name; a modality the new patients lack is absent, and gene groups are those
     the models were trained with.
     """
@@ -100,5 +101,7 @@ def _print(run: Path, cohort: Cohort, scores: ExternalScores) -> None:
         print(f"  {name}: present in {there} of {len(cohort)} rows")
     for name, interval in scores.concordance.items():
         print(f"{name}: C {interval_text(interval)}")
-    if not scores.concordance:
+    if "risk" not in scores.patients:
+        print("no C: the models predict classes only")
+    elif not scores.concordance:
         print("no C: no patient outlived one with the event")

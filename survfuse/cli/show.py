@@ -89,16 +89,33 @@ def _epoch_note(record: dict[str, Any]) -> str:
     parts = [f"loss {record['train_loss']:.3f}"]
     if "validation_loss" in record:
         parts.append(f"validation loss {record['validation_loss']:.3f}")
-        if not math.isnan(record["validation_c_index"]):
-            parts.append(f"C {record['validation_c_index']:.3f}")
+    for key, value in record.items():
+        name = key.removeprefix("validation_")
+        if name == key or name.endswith("loss") or math.isnan(value):
+            continue
+        parts.append(f"{'C' if name == 'c_index' else name.replace('_', ' ')} {value:.3f}")
     return ", ".join(parts)
 
 
 def print_result(result: RunResult) -> None:
     """The run and its baselines with intervals, differences, leaks, and where the files are."""
+    console = Console()
+    if result.predictions is not None:
+        console.print(_survival_table(result))
+    for task in result.class_reports:
+        console.print(_class_table(result, task))
+    if result.report.leakage:
+        console.print(f"This protocol leaks: {result.report.leakage}", markup=False)
+    reports = [result.report, *result.class_reports.values()]
+    for note in dict.fromkeys(note for report in reports for note in report.notes):
+        console.print(f"* {note}", markup=False, highlight=False)
+    console.print(f"everything is in {result.folder}", markup=False, highlight=False)
+
+
+def _survival_table(result: RunResult) -> Table:
+    """Concordance and Brier score of the run and of those baselines that predict survival."""
     from survfuse.evaluation.report_files import interval_text
 
-    console = Console()
     reports = [result.report, *(baseline.report for baseline in result.baselines.values())]
     table = Table(title=f"{result.report.endpoint}, protocol {result.report.protocol}")
     table.add_column("model")
@@ -129,12 +146,25 @@ def print_result(result: RunResult) -> None:
     if result.oracles:
         blanks = [""] * (len(table.columns) - 3)
         table.add_row("oracle", f"{result.oracles['full']:.3f}", "100 %", *blanks)
-    console.print(table)
-    if result.report.leakage:
-        console.print(f"This protocol leaks: {result.report.leakage}", markup=False)
-    for note in result.report.notes:
-        console.print(f"* {note}", markup=False, highlight=False)
-    console.print(f"everything is in {result.folder}", markup=False, highlight=False)
+    return table
+
+
+def _class_table(result: RunResult, task: str) -> Table:
+    """The metrics of a class task of the run and of those baselines that have it."""
+    from survfuse.evaluation.class_report import TITLES, metrics_of
+    from survfuse.evaluation.report_files import interval_text
+
+    runs = [result, *result.baselines.values()]
+    reports = [run.class_reports[task] for run in runs if task in run.class_reports]
+    table = Table(title=f"{task}, protocol {reports[0].protocol}")
+    names = metrics_of(reports[0])
+    for column in ("model", *(TITLES[name] for name in names)):
+        table.add_column(column)
+    for report in reports:
+        found = [getattr(report, name) for name in names]
+        cells = ["-" if one is None else interval_text(one).replace("[", r"\[") for one in found]
+        table.add_row(report.model.replace("[", r"\["), *cells)
+    return table
 
 
 def print_plan(config: TrainConfig) -> None:
@@ -145,6 +175,7 @@ def print_plan(config: TrainConfig) -> None:
     from survfuse.training.protocols import leaks, quirks
     from survfuse.training.run import plan_run
     from survfuse.training.sources import load_cohort
+    from survfuse.training.tasks import survival_task
 
     loaded = load_cohort(config)
     run = plan_run(config, loaded)
@@ -169,8 +200,12 @@ def print_plan(config: TrainConfig) -> None:
             for name, rows in zip(("train", "validation", "test"), plan.split)
         )
         print(f"  seed {plan.seed} fold {plan.fold}: {', '.join(parts)}", file=out)
-    edges = ", ".join(f"{edge:.1f}" for edge in run.first.edges[1:-1])
-    print(f"time bins of the first model end at {edges} months", file=out)
+    for name, target in cohort.targets.items():
+        counts = ", ".join(f"{n} {one}" for one, n in target.counts().items())
+        print(f"  task {name}: {counts}, {int((~target.known).sum())} rows unknown", file=out)
+    if survival_task(config) is not None:
+        edges = ", ".join(f"{edge:.1f}" for edge in run.first.edges[1:-1])
+        print(f"time bins of the first model end at {edges} months", file=out)
     if config.model.name in NEURAL:
         model = build_model(config, run.first)
         n_parameters = sum(parameter.numel() for parameter in model.parameters())

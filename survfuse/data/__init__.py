@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from survfuse.data.readers import read_bag
     from survfuse.data.simulate import simulate_cohort
     from survfuse.data.store import BagStore
+    from survfuse.data.targets import ClassTarget
 
 _HOMES = {
     "BagStore": "store",
     "Bags": "bags",
+    "ClassTarget": "targets",
     "Cohort": "cohort",
     "OmicsTable": "omics",
     "discretize_survival": "labels",
@@ -33,6 +35,7 @@ _HOMES = {
 __all__ = [
     "BagStore",
     "Bags",
+    "ClassTarget",
     "Cohort",
     "OmicsTable",
     "discretize_survival",

@@ -22,12 +22,13 @@ from survfuse.data.modalities import (
     ArrayModality,
     Source,
     TableModality,
-    absent,
     check_modalities,
-    matching_table,
+    group_numbers,
+    matching_modality,
 )
 from survfuse.data.names import shorten, unknown_name
 from survfuse.data.preprocessing import DEFAULT_CLIP, TablePreprocessor
+from survfuse.data.targets import ClassTarget, check_targets, matching_targets
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,6 +51,7 @@ class Cohort:
         modalities: name to `TableModality`, `BagModality`, `ArrayModality` or `GraphModality`.
         name: what it is, for reports.
         notes: what a report must say about the data, for example that bags are simulated.
+        targets: name to the class of every row: a diagnosis, a grade. Not given to a model.
         unknown_outcome: a time may be NaN, with event False: such a cohort can be scored by a
             trained model, not trained on.
 
@@ -67,6 +69,7 @@ class Cohort:
     modalities: Mapping[str, Source]
     name: str = "cohort"
     notes: tuple[str, ...] = field(default=())
+    targets: Mapping[str, ClassTarget] = field(default_factory=dict)
     unknown_outcome: bool = False
 
     def __post_init__(self) -> None:
@@ -91,6 +94,7 @@ class Cohort:
         for what, length in lengths.items():
             if length != n:
                 raise ValueError(f"{what} has {length} rows and time {n}; they must be the same")
+        check_targets(self.targets, n)
         if len(set(self.unit_ids)) != n:
             twice = next(u for u in self.unit_ids if self.unit_ids.count(u) > 1)
             raise ValueError(f"unit_ids holds {twice!r} twice; every row must have its own name")
@@ -171,6 +175,7 @@ class Cohort:
             event=self.event[rows],
             covariates=self.covariates.iloc[rows],
             modalities={name: source.subset(rows) for name, source in self.modalities.items()},
+            targets={name: target.subset(rows) for name, target in self.targets.items()},
         )
 
     def summary(self) -> dict[str, Any]:
@@ -190,6 +195,10 @@ class Cohort:
                 }
                 for name, source in self.modalities.items()
             },
+            "targets": {
+                name: {"classes": target.counts(), "unknown": int((~target.known).sum())}
+                for name, target in self.targets.items()
+            },
             "notes": list(self.notes),
         }
 
@@ -197,7 +206,7 @@ class Cohort:
         self,
         train_rows: ArrayLike | None,
         *,
-        n_bins: int = 4,
+        n_bins: int | None = 4,
         bin_rows: ArrayLike | None = None,
         impute: Literal["mean", "median", "zero"] = "mean",
         clip: float | None = DEFAULT_CLIP,
@@ -211,7 +220,7 @@ class Cohort:
 
         Args:
             train_rows: indices or a mask; None takes all rows.
-            n_bins: number of time bins.
+            n_bins: number of time bins; None where nothing reads them: one bin, no event needed.
             bin_rows: rows whose uncensored times set the bin edges, where they are not the
                 training rows: all rows in the `mcat` protocol. None takes `train_rows`.
             impute, clip, scale, select: as in `TablePreprocessor.fit`, for every table.
@@ -224,9 +233,12 @@ class Cohort:
         if train.size == 0:
             raise ValueError("train_rows is empty; there must be at least one training row")
         fit_on = train if bin_rows is None else row_indices(bin_rows, len(self), "bin_rows")
-        labels, edges = discretize_survival(
-            self.time, event=self.event, n_bins=n_bins, fit_on=fit_on
-        )
+        if n_bins is None:
+            labels, edges = np.zeros(len(self), dtype=np.int64), np.array([0.0, np.inf])
+        else:
+            labels, edges = discretize_survival(
+                self.time, event=self.event, n_bins=n_bins, fit_on=fit_on
+            )
         fitted = {}
         for name, source in self.modalities.items():
             if not isinstance(source, TableModality):
@@ -286,7 +298,7 @@ class PreparedCohort:
         }
         # frozen with the rest: a model is rebuilt on tables that carry other groups, or none
         self._groups = {
-            name: _column_numbers(cohort, name, fitted.names)
+            name: group_numbers(cohort.modalities[name], fitted.names)
             if groups is None
             else {g: np.asarray(c, dtype=np.int64) for g, c in groups.get(name, {}).items()}
             for name, fitted in self.preprocessors.items()
@@ -294,6 +306,9 @@ class PreparedCohort:
         self._time = torch.from_numpy(cohort.time.astype(np.float32))
         self._event = torch.from_numpy(cohort.event)
         self._label = torch.from_numpy(labels)
+        self._targets = {
+            name: torch.from_numpy(target.labels) for name, target in cohort.targets.items()
+        }
 
     def __len__(self) -> int:
         return len(self.cohort)
@@ -348,8 +363,9 @@ class PreparedCohort:
                 inputs[name] = TableBatch(table.values[index], table.present[index]).to(device)
             else:
                 inputs[name] = self.cohort.modalities[name].batch(rows, device=device)
-        targets = (self._time[index], self._event[index], self._label[index], index)
-        return Batch(inputs, *(tensor.to(device) for tensor in targets))
+        outcomes = (self._time[index], self._event[index], self._label[index], index)
+        targets = {name: label[index].to(device) for name, label in self._targets.items()}
+        return Batch(inputs, *(tensor.to(device) for tensor in outcomes), targets)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -368,6 +384,10 @@ class PreparedCohort:
                 name: {group: columns.tolist() for group, columns in groups.items()}
                 for name, groups in self._groups.items()
             },
+            "targets": {
+                name: {"classes": list(target.classes), "ordinal": target.ordinal}
+                for name, target in self.cohort.targets.items()
+            },
         }
 
     @classmethod
@@ -376,7 +396,8 @@ class PreparedCohort:
 
         Tables are matched by column name, whatever their order; further columns are ignored. A
         modality that the cohort lacks is absent from every row; one the state lacks is left out.
-        Gene groups are those of the state, whatever groups the cohort's tables carry.
+        Gene groups are those of the state, whatever groups the cohort's tables carry. Targets are
+        matched by name: a class the state does not have is unknown.
 
         Args:
             cohort: the cohort.
@@ -394,36 +415,20 @@ class PreparedCohort:
         }
         modalities = {}
         for name, (kind, width) in state["channels"].items():
-            source = cohort.modalities.get(name)
-            if source is not None and source.kind != kind:
-                raise ValueError(f"modality {name!r} is a {source.kind}; it must be a {kind}")
-            if kind == "table":
-                modalities[name] = matching_table(source, name, fitted[name].features, len(cohort))
-            elif source is None:
-                axes = state["axes"].get(name, (1,))
-                modalities[name] = absent(kind, width, len(cohort), axes=axes)
-            elif source.channels != width:
-                raise ValueError(
-                    f"modality {name!r} has {source.channels} channels; it must have {width}, "
-                    "as in training"
-                )
-            else:
-                modalities[name] = source
-        cohort = cohort._replace(modalities=modalities)
+            modalities[name] = matching_modality(
+                cohort.modalities.get(name),
+                name,
+                kind,
+                width,
+                len(cohort),
+                features=fitted[name].features if kind == "table" else (),
+                axes=state["axes"].get(name, (1,)),
+            )
+        targets = matching_targets(cohort.targets, state.get("targets", {}), len(cohort))
+        cohort = cohort._replace(modalities=modalities, targets=targets)
         unknown = np.isnan(cohort.time)
         labels = np.where(unknown, -1, assign_bins(np.where(unknown, 0.0, cohort.time), edges))
         return cls(cohort, labels, edges, fitted, cohort.channels(), state.get("groups"))
-
-
-def _column_numbers(
-    cohort: Cohort, name: str, features: Sequence[str]
-) -> dict[str, NDArray[np.int64]]:
-    """Each group of a table as numbers among the columns that a model sees."""
-    position = {feature: i for i, feature in enumerate(features)}
-    return {
-        group: np.array([position[c] for c in columns if c in position], dtype=np.int64)
-        for group, columns in cohort.modalities[name].groups.items()
-    }
 
 
 def _prepared_table(cohort: Cohort, name: str, fitted: TablePreprocessor) -> TableBatch:

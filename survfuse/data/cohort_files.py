@@ -35,6 +35,7 @@ def read_cohort(
     rows: Literal["patients", "slides"] = "patients",
     tables: Literal["by_type", "merged", "healnet", "signatures"] = "by_type",
     types: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
     signatures: str | os.PathLike[str] | None = None,
     outcomes: str | os.PathLike[str] | None = None,
     endpoint: str = "OS",
@@ -58,6 +59,7 @@ def read_cohort(
             "omics"; "healnet": one table "omics" that begins with age and sex; "signatures": one
             table "omics" of the columns in any group of `signatures`, with its groups.
         types: omic types to take, in that order; None takes what there is.
+        exclude: genes whose every column is left out, for those that define a label.
         signatures: a file of gene groups; with any `tables`, tables carry its groups.
         outcomes: TCGA-CDR's workbook; None takes the outcome columns of the table.
         endpoint: "OS", "DSS", "DFI" or "PFI".
@@ -69,8 +71,9 @@ def read_cohort(
 
     Raises:
         FileNotFoundError: a file or folder does not exist.
-        ValueError: a file is not as described, slides of a patient disagree, an omic type or an
-            endpoint is missing, an outcome is NaN or negative, or no bag belongs to the cohort.
+        ValueError: a file is not as described, slides of a patient disagree, an omic type, an
+            excluded gene or an endpoint is missing, an outcome is NaN or negative, or no bag
+            belongs to the cohort.
     """
     for what, value, valid in (("rows", rows, ROWS), ("tables", tables, TABLES)):
         if value not in valid:
@@ -78,6 +81,8 @@ def read_cohort(
     if tables == "signatures" and signatures is None:
         raise ValueError("signatures is None; tables='signatures' needs a file of gene groups")
     table = _read_table(omics, metadata, rows)
+    if exclude:
+        table = table.without_genes(exclude)
     outcome, notes = _outcome(table, outcomes, endpoint, missing_outcome)
     keep = table.metadata.index.isin(outcome.index)
     about = table.metadata.loc[keep]

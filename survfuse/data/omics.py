@@ -180,6 +180,32 @@ class OmicsTable:
             raise ValueError(f"no gene of {path} is in {self.source or 'the table'}")
         return groups
 
+    def without_genes(self, genes: Sequence[str]) -> OmicsTable:
+        """The table without every column of the named genes: expression, copy number, mutation.
+
+        For genes that define the label that a model is to predict.
+
+        Raises:
+            ValueError: the table has no column of a gene; says the nearest gene it has.
+        """
+        suffix = re.compile(rf"_(?:{'|'.join(TYPES)})$")
+        gene_of = {column: suffix.sub("", column) for column in self.values.columns}
+        known = set(gene_of.values())
+        for gene in genes:
+            if gene not in known:
+                raise ValueError(unknown_name("gene", gene, sorted(known), where=self.source))
+        kept = [column for column, gene in gene_of.items() if gene not in set(genes)]
+        types = {
+            kind: tuple(c for c in columns if gene_of[c] not in set(genes))
+            for kind, columns in self.types.items()
+        }
+        types = {kind: columns for kind, columns in types.items() if columns}
+        notes = self.notes
+        if len(genes):
+            left_out = len(gene_of) - len(kept)
+            notes += (f"{left_out} columns of {len(set(genes))} excluded genes were left out",)
+        return OmicsTable(self.values[kept], self.metadata, types, self.source, notes)
+
     def check_slides_agree(self) -> None:
         """Raise unless all rows of a patient hold the same omics, outcome and clinical values.
 
@@ -211,6 +237,7 @@ class OmicsTable:
             metadata.set_axis(index, axis=0),
             self.types,
             self.source,
+            self.notes,
         )
 
 

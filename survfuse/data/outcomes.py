@@ -38,9 +38,6 @@ def read_tcga_cdr(path: str | os.PathLike[str], *, endpoint: str = "OS") -> pd.D
 
     Source: Liu et al., Cell 2018.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"file {path} does not exist")
     if endpoint not in ENDPOINTS:
         raise ValueError(unknown_name("endpoint", endpoint, ENDPOINTS))
     pd = require("pandas", extra="train")
@@ -52,15 +49,7 @@ def read_tcga_cdr(path: str | os.PathLike[str], *, endpoint: str = "OS") -> pd.D
         endpoint: "event",
         f"{endpoint}.time": "time",
     }
-    if path.suffix.lower() in (".xlsx", ".xls"):
-        require("openpyxl", extra="train")
-        frame = pd.read_excel(path, sheet_name="TCGA-CDR")
-    else:
-        frame = pd.read_csv(path, sep="\t" if path.suffix.lower() == ".tsv" else ",")
-    missing = [column for column in columns if column not in frame.columns]
-    if missing:
-        raise ValueError(f"{path} lacks the columns {shorten(missing)} of TCGA-CDR")
-    frame = frame[list(columns)].rename(columns=columns)
+    frame = _cdr_columns(path, columns)
     # the workbook marks what is not known by NaN or a word in brackets
     for column in ("age", "event", "time"):
         frame[column] = pd.to_numeric(frame[column], errors="coerce")
@@ -69,6 +58,41 @@ def read_tcga_cdr(path: str | os.PathLike[str], *, endpoint: str = "OS") -> pd.D
     frame["event"] = frame["event"] == 1
     frame["is_female"] = frame["is_female"].map({"FEMALE": 1.0, "MALE": 0.0})
     return frame
+
+
+def read_tcga_grades(path: str | os.PathLike[str]) -> pd.Series:
+    """Histological grade of every patient of TCGA-CDR that has one, by case id, as published.
+
+    The words in brackets that mark what is not known are left out. Glioblastomas have none: they
+    are of grade 4 by definition.
+
+    Args:
+        path: as in `read_tcga_cdr`.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: as `read_tcga_cdr`.
+    """
+    columns = {"bcr_patient_barcode": "case_id", "histological_grade": "grade"}
+    frame = _cdr_columns(path, columns).set_index("case_id")
+    grade = frame["grade"].astype("string").str.strip()
+    return grade[grade.notna() & ~grade.str.startswith("[").fillna(True)]
+
+
+def _cdr_columns(path: str | os.PathLike[str], columns: dict[str, str]) -> pd.DataFrame:
+    """Columns of the workbook's sheet TCGA-CDR under other names."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"file {path} does not exist")
+    pd = require("pandas", extra="train")
+    if path.suffix.lower() in (".xlsx", ".xls"):
+        require("openpyxl", extra="train")
+        frame = pd.read_excel(path, sheet_name="TCGA-CDR")
+    else:
+        frame = pd.read_csv(path, sep="\t" if path.suffix.lower() == ".tsv" else ",")
+    missing = [column for column in columns if column not in frame.columns]
+    if missing:
+        raise ValueError(f"{path} lacks the columns {shorten(missing)} of TCGA-CDR")
+    return frame[list(columns)].rename(columns=columns)
 
 
 def endpoint_columns(

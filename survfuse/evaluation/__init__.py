@@ -1,5 +1,7 @@
 """Metrics, intervals, curves and reports of survival models; needs no model and no torch."""
 
+from survfuse.evaluation.class_predictions import ClassFold, ClassPredictions, ClassTable
+from survfuse.evaluation.class_report import ClassReport, evaluate_classes
 from survfuse.evaluation.comparison import Comparison, compare
 from survfuse.evaluation.metrics import (
     brier_score,
@@ -14,6 +16,10 @@ from survfuse.evaluation.predictions import FoldPredictions, PatientTable, Predi
 from survfuse.evaluation.report import Report, evaluate
 
 __all__ = [
+    "ClassFold",
+    "ClassPredictions",
+    "ClassReport",
+    "ClassTable",
     "Comparison",
     "FoldPredictions",
     "PatientTable",
@@ -25,6 +31,7 @@ __all__ = [
     "concordance_pairs",
     "cumulative_dynamic_auc",
     "evaluate",
+    "evaluate_classes",
     "integrated_brier_score",
     "truncation_time",
     "uno_concordance",

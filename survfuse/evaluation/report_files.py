@@ -18,10 +18,6 @@ from survfuse.evaluation.predictions import Predictions
 from survfuse.evaluation.report import FoldReport, Report, risk_groups
 
 REPORT_COLUMNS = ("model", "protocol", "leaks", "fold", "metric", "value", "low", "high", "level")
-MODEL_COMPARISON_COLUMNS = (
-    "model", "minus", "metric", "value", "low", "high", "level", "pvalue", "adjusted_pvalue",
-    "method",
-)  # fmt: skip
 COMPARISON_COLUMNS = (
     "model_a", "model_b", "difference", "low", "high", "level", "pvalue", "adjusted_pvalue",
     "method",
@@ -49,49 +45,6 @@ def write_comparison(comparison: Comparison, folder: str | os.PathLike[str]) -> 
     _write(folder / "comparison.json", values)
     _write(folder / "comparison.csv", _csv([COMPARISON_COLUMNS, *rows]))
     _write(folder / "comparison.md", comparison_markdown(comparison))
-
-
-def write_model_comparison(
-    reports: Sequence[Report], comparison: Comparison, folder: str | os.PathLike[str]
-) -> None:
-    """Write `compare.json`, `compare.csv` and `compare.md`: every model, and the differences."""
-    folder = Path(folder)
-    found = {
-        "reports": [report.as_dict() for report in reports],
-        "comparison": comparison.as_dict(),
-    }
-    rows: list[tuple[Any, ...]] = [
-        (report.model, None, name, c.estimate, c.low, c.high, c.level, None, None, c.method)
-        for report in reports
-        for name, c in (("harrell_c", report.concordance), ("uno_c", report.uno))
-        if c is not None
-    ]
-    rows += [
-        (pair.model_a, pair.model_b, "harrell_c", d.estimate, d.low, d.high, d.level, d.pvalue,
-         pair.adjusted_pvalue, d.method)
-        for pair in comparison.pairs
-        for d in (pair.difference,)
-    ]  # fmt: skip
-    _write(folder / "compare.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
-    _write(folder / "compare.csv", _csv([MODEL_COMPARISON_COLUMNS, *rows]))
-    _write(folder / "compare.md", models_markdown(reports, comparison))
-
-
-def models_markdown(reports: Sequence[Report], comparison: Comparison) -> str:
-    """Return a table of several models and the table of their differences."""
-    return reports_markdown(reports) + "\n" + comparison_markdown(comparison)
-
-
-def reports_markdown(reports: Sequence[Report]) -> str:
-    """Return one line per model."""
-    lines = ["| model | protocol | Harrell's C | Uno's C | IBS |", "|---|---|---|---|---|"]
-    for report in reports:
-        uno = "-" if report.uno is None else interval_text(report.uno)
-        brier = _number(report.integrated_brier)
-        protocol = f"{report.protocol}, leaks" if report.leakage else report.protocol
-        harrell = interval_text(report.concordance)
-        lines.append(f"| {report.model} | {protocol} | {harrell} | {uno} | {brier} |")
-    return "\n".join(lines) + "\n"
 
 
 def write_kaplan_meier(

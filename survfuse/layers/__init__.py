@@ -12,6 +12,7 @@ from survfuse.layers.multi_scale_deformable_attention import (
     MSDeformAttnFunction,
     MultiScaleDeformableAttention,
 )
+from survfuse.layers.nystrom_attention import NystromSelfAttention
 from survfuse.layers.self_normalizing_network import SelfNormalizingNetwork
 
 __all__ = [
@@ -24,5 +25,6 @@ __all__ = [
     "LatentSelfAttention",
     "MSDeformAttnFunction",
     "MultiScaleDeformableAttention",
+    "NystromSelfAttention",
     "SelfNormalizingNetwork",
 ]

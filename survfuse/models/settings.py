@@ -147,12 +147,31 @@ def parse_outputs(outputs: Mapping[str, int]) -> dict[str, int]:
     return dict(outputs)
 
 
+def check_preset(name: str, presets: tuple[str, ...]) -> None:
+    """Raise unless there is such a preset."""
+    if name not in presets:
+        raise ValueError(f"name is {name!r}; it must be one of {list(presets)}")
+
+
 def check_integers(config: Any, lows: Mapping[str, int]) -> None:
     """Raise unless each named field is an integer of at least so much."""
     for name, low in lows.items():
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise ValueError(f"{name} is {value!r}; it must be an integer of at least {low}")
+
+
+def check_widths(config: Any, *names: str) -> None:
+    """Make each named field a tuple of layer widths, or raise unless it holds at least one."""
+    for name in names:
+        value = getattr(config, name)
+        whole = isinstance(value, (tuple, list)) and len(value) > 0
+        if not whole or any(not isinstance(w, int) or isinstance(w, bool) or w < 1 for w in value):
+            raise ValueError(
+                f"{name} is {value!r}; it must hold the width of at least one layer, each an "
+                "integer of at least 1"
+            )
+        object.__setattr__(config, name, tuple(value))
 
 
 def check_number(config: Any, name: str) -> None:

@@ -7,6 +7,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from survfuse.training.config import TrainConfig
     from survfuse.training.config_files import ConfigError, load_config, parse_config
+    from survfuse.training.gradient_coordination import (
+        CoordinatedHead,
+        Coordination,
+        GradientCoordination,
+    )
     from survfuse.training.inspection import explain
     from survfuse.training.losses import cox_loss, nll_loss, risk_from_hazards
     from survfuse.training.predictions import predict
@@ -24,6 +29,9 @@ _HOMES = {
     "ConfigError": "config_files",
     "load_config": "config_files",
     "parse_config": "config_files",
+    "CoordinatedHead": "gradient_coordination",
+    "Coordination": "gradient_coordination",
+    "GradientCoordination": "gradient_coordination",
     "cox_loss": "losses",
     "nll_loss": "losses",
     "risk_from_hazards": "losses",
@@ -32,6 +40,9 @@ _HOMES = {
 
 __all__ = [
     "ConfigError",
+    "CoordinatedHead",
+    "Coordination",
+    "GradientCoordination",
     "RunResult",
     "TrainConfig",
     "compare_runs",

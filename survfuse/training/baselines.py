@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from survfuse.evaluation.predictions import FoldPredictions, PatientTable, Predictions
-from survfuse.training.config import UNIMODAL, ModelConfig, TrainConfig
+from survfuse.training.config import UNIMODAL, CoordinationConfig, ModelConfig, TrainConfig
 from survfuse.training.config_files import ConfigError
-from survfuse.training.linear import LINEAR
+from survfuse.training.tasks import LINEAR, survival_only, survival_task
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -49,11 +49,20 @@ def baseline_config(config: TrainConfig, name: str, modalities: list[str]) -> Tr
 
 
 def other_model(config: TrainConfig, model: ModelConfig) -> TrainConfig:
-    """The configuration with another model: whatever belongs to the run's own model goes."""
+    """The configuration with another model: whatever belongs to the run's own model goes.
+
+    Raises:
+        ConfigError: the model knows survival only, and the configuration has no such task.
+    """
     evaluation = config.evaluation
     if model.name in LINEAR:
+        if survival_task(config) is None:
+            raise ConfigError(f"{model.name} knows survival only, but tasks has none of that kind")
+        config = survival_only(config)
         evaluation = dataclasses.replace(evaluation, missing=())
-    return dataclasses.replace(config, model=model, evaluation=evaluation)
+    return dataclasses.replace(
+        config, model=model, coordination=CoordinationConfig(), evaluation=evaluation
+    )
 
 
 def baseline_configs(config: TrainConfig, modalities: list[str]) -> dict[str, TrainConfig]:

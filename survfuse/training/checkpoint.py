@@ -13,7 +13,7 @@ from torch import Tensor
 
 from survfuse.data.atomic import atomic_path
 
-FORMAT = 1
+FORMAT = 2
 
 
 class CheckpointError(RuntimeError):
@@ -28,7 +28,7 @@ class EarlyStopping:
 
     Attributes:
         patience: epochs without improvement before stopping; None never stops.
-        higher_is_better: the watched number is a C-index, not a loss.
+        higher_is_better: the watched number is a C-index or the like, not a loss.
         best: best value seen; None before the first epoch.
         best_epoch: its epoch, counted from 1.
         waited: epochs since then.
@@ -84,7 +84,8 @@ class Progress:
         epoch: the epoch under way, from 1.
         batch: batches of this epoch already used.
         step: optimiser steps taken in the whole fold.
-        loss_sum: survival loss of this epoch's rows so far, summed.
+        loss_sums: by task, its loss over this epoch's rows so far, summed.
+        loss_rows: by task, how many rows those were.
         risks: per batch of this epoch, the risks of its rows, for the training C-index.
         finished: the last epoch is over.
         metrics_bytes: length of metrics.jsonl that belongs to this state.
@@ -93,17 +94,35 @@ class Progress:
     epoch: int = 1
     batch: int = 0
     step: int = 0
-    loss_sum: float = 0.0
+    loss_sums: dict[str, float] = field(default_factory=dict)
+    loss_rows: dict[str, int] = field(default_factory=dict)
     risks: list[Tensor] = field(default_factory=list)
     finished: bool = False
     metrics_bytes: int = 0
+
+    def begin_epoch(self) -> None:
+        """Forget the sums of the epoch before."""
+        self.batch, self.loss_sums, self.loss_rows, self.risks = 0, {}, {}, []
+
+    def add(self, task: str, mean: float, rows: int) -> None:
+        """Take in the mean loss of a batch over `rows` rows."""
+        self.loss_sums[task] = self.loss_sums.get(task, 0.0) + mean * rows
+        self.loss_rows[task] = self.loss_rows.get(task, 0) + rows
+
+    def mean_losses(self) -> dict[str, float]:
+        """The mean loss of every task in this epoch; NaN for one without a row."""
+        return {
+            task: total / self.loss_rows[task] if self.loss_rows[task] else float("nan")
+            for task, total in self.loss_sums.items()
+        }
 
     def state(self) -> dict[str, Any]:
         return {
             "epoch": self.epoch,
             "batch": self.batch,
             "step": self.step,
-            "loss_sum": self.loss_sum,
+            "loss_sums": self.loss_sums,
+            "loss_rows": self.loss_rows,
             "risks": self.risks,
             "finished": self.finished,
             "metrics_bytes": self.metrics_bytes,

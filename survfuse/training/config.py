@@ -78,6 +78,7 @@ class DataConfig:
         tables: "by_type", one table per omic type (rnaseq, cnv, mut); "merged", one table `omics`;
             "healnet", one table `omics` that begins with age and sex.
         types: omic types to take; empty takes what the file has.
+        exclude: genes whose every column is left out, for those that define a label.
         expression: expression table of SurvPath: "xena", "hallmarks" or "combine".
         bags: bag store (`survfuse pack`) or folder of bag files that adds the modality `slides`; or
             "simulated", bags that know nothing of the outcome: a negative control.
@@ -97,6 +98,7 @@ class DataConfig:
     modalities: tuple[str, ...] = ()
     tables: Literal["by_type", "merged", "healnet"] = "by_type"
     types: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
     expression: Literal["xena", "hallmarks", "combine"] = "xena"
     bags: str | None = None
     groups: str | None = None
@@ -196,6 +198,8 @@ BASELINES = (*get_args(get_type_hints(ModelConfig)["name"]), UNIMODAL)
 class LossConfig:
     """The loss of a neural model: survival / survival_divisor + l1 * sum |w| + the model's own.
 
+    Further tasks are added to it with their weights; see `TaskConfig`.
+
     Attributes:
         name: "nll", discrete-time hazards; "cox", partial likelihood.
         alpha: weight shifted from all patients to those with an event, in [0, 1]; nll only.
@@ -213,6 +217,29 @@ class LossConfig:
     ties: Literal["efron", "breslow"] = "efron"
     survival_divisor: float = 1.0
     l1: float = 0.0
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """One thing that a model predicts of every patient.
+
+    Attributes:
+        kind: "survival", with the loss of the section `loss`; "classes", a diagnosis or subtype;
+            "ordinal", levels with an order, such as grades.
+        target: the cohort's target or covariate that holds the classes; None takes the one named
+            like the task.
+        classes: their names, for "ordinal" from the lowest level; empty takes the target's own.
+        weight: of the task's loss in the sum.
+        class_weights: weight of a patient by class: "none"; "inverse" or "inverse_root" of the
+            class's share of the training rows, the mean over them 1; or a number for each class.
+    """
+
+    __pydantic_config__ = _STRICT
+    kind: Literal["survival", "classes", "ordinal"]
+    target: str | None = None
+    classes: tuple[str, ...] = ()
+    weight: float = 1.0
+    class_weights: str | tuple[float, ...] = "none"
 
 
 @dataclass(frozen=True)
@@ -246,6 +273,23 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
+class AugmentConfig:
+    """Random changes to every training batch; validation and test rows are never changed.
+
+    Attributes:
+        table_dropout: probability with which a column of a table is zeroed for a sample.
+        patch_dropout: share of the patches of every bag that is left out.
+        slide_shift: standard deviation of a vector added to all patches of a bag, in units of each
+            feature's own spread, as another scanner or stain would add it.
+    """
+
+    __pydantic_config__ = _STRICT
+    table_dropout: float = 0.0
+    patch_dropout: float = 0.0
+    slide_shift: float = 0.0
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """The loop.
 
@@ -256,13 +300,16 @@ class TrainingConfig:
         precision: "fp32", or "bf16" through autocast.
         clip_norm: longest gradient; None does not clip.
         patience: epochs without improvement before stopping; None runs all epochs.
-        metric: what early stopping watches on the validation rows.
+        metric: what early stopping watches on the validation rows: "loss" (of several tasks the
+            weighted sum), "c_index", or the name of a class task: the AUC of classes, the quadratic
+            kappa of levels.
         seeds: one whole run (every fold) per seed.
         device: "auto" takes CUDA where there is one.
         threads: CPU threads; None takes torch's own number. Small models gain
             nothing from more than one, and lose much on a busy machine.
         checkpoint_steps: also save a checkpoint every so many optimiser steps; None saves after
             every epoch only.
+        augment: random changes to training batches.
     """
 
     __pydantic_config__ = _STRICT
@@ -272,11 +319,26 @@ class TrainingConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     clip_norm: float | None = 1.0
     patience: int | None = 5
-    metric: Literal["loss", "c_index"] = "loss"
+    metric: str = "loss"
     seeds: tuple[int, ...] = (1,)
     device: str = "auto"
     threads: int | None = None
     checkpoint_steps: int | None = None
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+
+@dataclass(frozen=True)
+class CoordinationConfig:
+    """Gradient coordination of models with two branches; `GradientCoordination`.
+
+    Attributes:
+        mode: "none"; "projection", where the branches' gradients of a row of the classifier
+            conflict, that of the branch that scores lower loses its part along the other;
+            "released", what the public code does to it instead.
+    """
+
+    __pydantic_config__ = _STRICT
+    mode: Literal["none", "projection", "released"] = "none"
 
 
 @dataclass(frozen=True)
@@ -308,16 +370,21 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A whole run. `survfuse train CONFIG.yaml` reads one; every field has a default."""
+    """A whole run. `survfuse train CONFIG.yaml` reads one; every field has a default.
+
+    `tasks` maps the name of each task to what it is; empty is survival alone.
+    """
 
     __pydantic_config__ = _STRICT
     data: DataConfig = field(default_factory=DataConfig)
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    coordination: CoordinationConfig = field(default_factory=CoordinationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     title: str = ""
     notes: str = ""

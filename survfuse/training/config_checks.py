@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from survfuse.training.config import BASELINES, GROUPS, UNIMODAL, ModelConfig, TrainConfig
+from survfuse.training.config import (
+    BASELINES,
+    GROUPS,
+    UNIMODAL,
+    ModelConfig,
+    TaskConfig,
+    TrainConfig,
+)
+from survfuse.training.tasks import LINEAR, class_tasks, survival_task
 
 
 def check(config: TrainConfig) -> None:
@@ -19,7 +28,9 @@ def check(config: TrainConfig) -> None:
     _check_numbers(config)
     data, protocol, model = config.data, config.protocol, config.model
     _check_preset(model)
-    linear = model.name in ("clinical_cox", "elastic_net_cox")
+    _check_coordination(config)
+    _check_tasks(config)
+    compares = survival_task(config) is not None and model.name not in LINEAR
     if data.source in ("tcga_omics", "survpath") and not data.cohort:
         raise ValueError(
             f"data.cohort is not set; data.source {data.source} needs one, for example kirp"
@@ -34,7 +45,7 @@ def check(config: TrainConfig) -> None:
             f'loss.class_weights is "{config.loss.class_weights}"; '
             'the Cox loss has no time bins, so it must be "none"'
         )
-    if config.loss.name == "cox" and config.training.batch_size < 2 and not linear:
+    if config.loss.name == "cox" and config.training.batch_size < 2 and compares:
         raise ValueError(
             "training.batch_size is 1; the Cox loss compares patients of one batch, "
             "so it must be at least 2 (or use loss.name nll)"
@@ -45,7 +56,7 @@ def check(config: TrainConfig) -> None:
         )
     _check_patches_and_groups(config)
     _check_baselines(config.evaluation.baselines)
-    _check_missing(config.evaluation.missing, linear)
+    _check_missing(config)
     if not config.training.seeds:
         raise ValueError("training.seeds is empty; it must hold at least one integer")
     if min(*config.training.seeds, config.protocol.fold_seed) < 0:
@@ -101,20 +112,101 @@ def _check_baselines(baselines: tuple[str, ...]) -> None:
         raise ValueError(f"evaluation.baselines is {list(baselines)}; they must differ")
 
 
-def _check_missing(designs: tuple[str, ...], linear: bool) -> None:
+def _check_missing(config: TrainConfig) -> None:
+    designs = config.evaluation.missing
     for name in designs:
         if name != "half" and not (name.startswith("only:") and name.partition(":")[2]):
             raise ValueError(
                 f'evaluation.missing holds "{name}"; it must be "half", only:<modality> or '
                 "only:<modality>+<modality>"
             )
-    if designs and linear:
+    if designs and config.model.name in LINEAR:
         raise ValueError(
             "evaluation.missing is set, but a Cox regression has no way to go without a modality; "
             "it must be empty"
         )
+    if designs and survival_task(config) is None:
+        raise ValueError(
+            "evaluation.missing is set, which compares risks, but tasks has none of kind survival; "
+            "it must be empty"
+        )
     if len(set(designs)) != len(designs):
         raise ValueError(f"evaluation.missing is {list(designs)}; they must differ")
+
+
+def _check_tasks(config: TrainConfig) -> None:
+    if not isinstance(config.tasks, dict):
+        raise TypeError(f"tasks is {config.tasks!r}; it must map names of tasks to TaskConfig")
+    for name, task in config.tasks.items():
+        _check_task(name, task)
+    several = [name for name, task in config.tasks.items() if task.kind == "survival"]
+    if len(several) > 1:
+        raise ValueError(
+            f"tasks holds {len(several)} of kind survival ({', '.join(several)}); "
+            "a cohort has one endpoint, so it must be one at most"
+        )
+    has_survival, classes = survival_task(config) is not None, class_tasks(config)
+    if config.model.name in LINEAR and (classes or not has_survival):
+        raise ValueError(
+            f'model.name is "{config.model.name}", which knows survival only; tasks must be empty'
+        )
+    for name in config.evaluation.baselines:
+        if name in (*LINEAR, UNIMODAL) and not has_survival:
+            raise ValueError(
+                f'evaluation.baselines holds "{name}", which knows survival only, but tasks has '
+                "none of that kind"
+            )
+    watched = ["loss", *(["c_index"] if has_survival else []), *classes]
+    if config.training.metric not in watched:
+        raise ValueError(
+            f'training.metric is "{config.training.metric}"; it must be one of {", ".join(watched)}'
+        )
+
+
+def _check_task(name: str, task: TaskConfig) -> None:
+    where = f"tasks.{name}"
+    # the name is part of names of files, columns and modules
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", str(name)) or name in ("loss", "c_index"):
+        raise ValueError(
+            f'tasks holds the name "{name}"; it must be letters, digits, _ and -, begin with a '
+            "letter, and be neither loss nor c_index"
+        )
+    if not isinstance(task, TaskConfig):
+        raise TypeError(
+            f"{where} is {task!r}; it must be a TaskConfig (parse_config takes plain dictionaries)"
+        )
+    if not task.weight > 0:
+        raise ValueError(f"{where}.weight is {task.weight}; it must be above 0")
+    if task.kind == "survival":
+        for field in ("target", "classes", "class_weights"):
+            value = getattr(task, field)
+            if value not in (None, (), "none"):
+                raise ValueError(
+                    f"{where}.{field} is {value!r}; survival is the cohort's time and event, "
+                    "so it cannot be set"
+                )
+        return
+    if task.classes and (len(set(task.classes)) < len(task.classes) or len(task.classes) < 2):
+        raise ValueError(
+            f"{where}.classes is {list(task.classes)}; it must hold at least two names, each once"
+        )
+    weights = task.class_weights
+    if isinstance(weights, str):
+        if weights not in ("none", "inverse", "inverse_root"):
+            raise ValueError(
+                f'{where}.class_weights is "{weights}"; it must be "none", "inverse", '
+                '"inverse_root" or a number for each class'
+            )
+    elif not all(one >= 0 for one in weights) or not any(weights):
+        raise ValueError(
+            f"{where}.class_weights is {list(weights)}; it must hold numbers of at least 0, "
+            "not all of them 0"
+        )
+    elif task.classes and len(weights) != len(task.classes):
+        raise ValueError(
+            f"{where}.class_weights holds {len(weights)} numbers; it must hold one for each of "
+            f"{len(task.classes)} classes"
+        )
 
 
 def _check_preset(model: ModelConfig) -> None:
@@ -131,6 +223,17 @@ def _check_preset(model: ModelConfig) -> None:
     if model.preset.lower() not in known:
         raise ValueError(
             f'model.preset is "{model.preset}"; it must be null or one of {", ".join(known)}'
+        )
+
+
+def _check_coordination(config: TrainConfig) -> None:
+    """Of models without a network; the others are asked once they are built."""
+    from survfuse.models.registry import MODELS
+
+    if config.coordination.mode != "none" and config.model.name not in MODELS:
+        raise ValueError(
+            f'coordination.mode is "{config.coordination.mode}", but model.name '
+            f'"{config.model.name}" has no two branches; it must be "none"'
         )
 
 
@@ -172,6 +275,14 @@ def _check_numbers(config: TrainConfig) -> None:
             raise ValueError(f"{path} is {value}; it must be above 0")
     if not 0 <= loss.alpha <= 1:
         raise ValueError(f"loss.alpha is {loss.alpha}; it must be in [0, 1]")
+    for name in ("table_dropout", "patch_dropout"):
+        value = getattr(training.augment, name)
+        if not 0 <= value < 1:
+            raise ValueError(f"training.augment.{name} is {value}; it must be in [0, 1)")
+    if not training.augment.slide_shift >= 0:
+        raise ValueError(
+            f"training.augment.slide_shift is {training.augment.slide_shift}; it must be at least 0"
+        )
     if not 0 < config.protocol.inner_fraction < 1:
         raise ValueError(
             f"protocol.inner_fraction is {config.protocol.inner_fraction}; it must be in (0, 1)"

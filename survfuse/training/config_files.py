@@ -143,6 +143,11 @@ def _unknown_keys(kind: type, values: Any, prefix: str) -> list[str]:
             found.append(f"{path} is not a setting; {hint}")
         else:
             found.extend(_unknown_keys(hints[key], value, path))
+            # a section of named sections, such as tasks
+            inner = typing.get_args(hints[key])
+            if typing.get_origin(hints[key]) is dict and isinstance(value, dict):
+                for name, part in value.items():
+                    found.extend(_unknown_keys(inner[1], part, f"{path}.{name}"))
     return found
 
 
@@ -152,6 +157,8 @@ def _describe(item: dict[str, Any], prefix: str) -> str:
         where = ".".join([prefix, *(str(part) for part in item["loc"])]) if prefix else ""
         return f"{where}: {item['ctx']['error']}" if where else str(item["ctx"]["error"])
     path = ".".join([*([prefix] if prefix else []), *(str(part) for part in item["loc"])])
+    if item["type"] == "missing":
+        return f"{path} is not set; it has no default"
     value = item.get("input")
     if item["type"] == "literal_error":
         return f"{path} is {value!r}; it must be {item['ctx']['expected']}"

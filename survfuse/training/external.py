@@ -3,35 +3,39 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from survfuse.evaluation.intervals import Fold, Interval, concordance_interval
-from survfuse.evaluation.predictions import Predictions
-from survfuse.training.predictions import fold_name
+from survfuse.training.predictions import fold_name, load_any
 
 if TYPE_CHECKING:
     import pandas as pd
 
 ENSEMBLE = "mean of all models"
+# columns of a frame of predictions that are not predicted
+ABOUT = ("seed", "fold", "unit_id", "patient_id", "time", "event")
 
 
 class ExternalScores(NamedTuple):
     """What `survfuse.training.predict` gave, by patient."""
 
-    patients: pd.DataFrame  # one row per patient: patient_id, time, event, risk, models
-    concordance: dict[str, Interval]  # by model of the run, and of the mean; empty without outcomes
+    # one row per patient: patient_id, time, event, models, and means of risk and probabilities
+    patients: pd.DataFrame
+    # by model of the run, and of the mean; empty without outcomes or a survival task
+    concordance: dict[str, Interval]
     n_known: int  # patients whose outcome is known
 
 
 def external_scores(
     frame: pd.DataFrame, *, resamples: int = 2000, level: float = 0.95, seed: int = 0
 ) -> ExternalScores:
-    """Mean risk of every patient over models and rows, and C where outcomes are known.
+    """Means of every patient over models and rows, and C where outcomes are known.
 
     Models that were trained on the same loss give risks on scales that are alike, not the same;
-    their mean is taken as it is.
+    their mean is taken as it is. Probabilities of classes are averaged alike.
 
     Args:
         frame: of `survfuse.training.predict`.
@@ -39,19 +43,20 @@ def external_scores(
 
     Returns:
         The patients in order of appearance; C of each model and of the mean over the patients of
-        known outcome, {} where they hold no comparable pair.
+        known outcome, {} where they hold no comparable pair or the models predict no survival.
     """
-    by_model = frame.groupby(["seed", "fold", "patient_id"], sort=False).agg(
-        time=("time", "first"), event=("event", "first"), risk=("risk", "mean")
-    )
+    predicted = [c for c in frame.columns if c not in ABOUT and not re.fullmatch(r"logit_\d+", c)]
+    about = {"time": ("time", "first"), "event": ("event", "first")}
+    means = {column: (column, "mean") for column in predicted}
+    by_model = frame.groupby(["seed", "fold", "patient_id"], sort=False).agg(**about, **means)
     by_model = by_model.reset_index()
     patients = by_model.groupby("patient_id", sort=False).agg(
-        time=("time", "first"),
-        event=("event", "first"),
-        risk=("risk", "mean"),
-        models=("risk", "size"),
+        **about, **means, models=("seed", "size")
     )
     patients = patients.reset_index()
+    n_known = int(patients["time"].notna().sum())
+    if "risk" not in predicted:
+        return ExternalScores(patients, {}, n_known)
     tables = {fold_name(*key): part for key, part in by_model.groupby(["seed", "fold"], sort=False)}
     if len(tables) > 1:
         tables[ENSEMBLE] = patients
@@ -61,13 +66,13 @@ def external_scores(
         fold = _known(table)
         if _comparable(fold):
             found[name] = concordance_interval([fold], **settings)
-    return ExternalScores(patients, found, int(patients["time"].notna().sum()))
+    return ExternalScores(patients, found, n_known)
 
 
 def trained_on(folder: str | os.PathLike[str], patients: set[str]) -> set[str]:
     """Which of the patients bear the name of one that the run learned from."""
     seen: set[str] = set()
-    for fold in Predictions.load(folder).folds:
+    for fold in load_any(folder).folds:
         seen |= set(fold.train.patient_ids)
     return patients & seen
 

@@ -17,6 +17,7 @@ from survfuse.data.splits import (
     with_inner_validation,
 )
 from survfuse.training.config import TrainConfig
+from survfuse.training.tasks import watched_outcome
 
 if TYPE_CHECKING:
     from survfuse.data.cohort import Cohort
@@ -101,6 +102,7 @@ def published_folder(config: TrainConfig) -> Path:
 def _with_validation(config: TrainConfig, cohort: Cohort, split: Split, fold: int) -> Split:
     protocol = config.protocol
     nobody = np.empty(0, dtype=np.int64)
+    worth = watched_outcome(config, cohort)
     if protocol.validation == "split":
         if len(split.validation) == 0:
             raise ValueError(
@@ -108,10 +110,9 @@ def _with_validation(config: TrainConfig, cohort: Cohort, split: Split, fold: in
                 'use "inner" or "none"'
             )
         return split
-    if protocol.validation == "inner" and len(split.validation):
-        events = int(np.asarray(cohort.event)[split.validation].sum())
-        if events >= protocol.min_inner_events:
-            return split
+    inner = int(worth[split.validation].sum())
+    if protocol.validation == "inner" and inner >= protocol.min_inner_events:
+        return split
     everybody = np.sort(np.concatenate([split.train, split.validation]).astype(np.int64))
     if protocol.validation == "test":
         return Split(everybody, split.test, split.test)
@@ -120,7 +121,7 @@ def _with_validation(config: TrainConfig, cohort: Cohort, split: Split, fold: in
     return with_inner_validation(
         Split(everybody, nobody, split.test),
         cohort.patient_ids,
-        cohort.event,
+        worth,
         fraction=protocol.inner_fraction,
         min_events=protocol.min_inner_events,
         seed=protocol.fold_seed + fold,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def fingerprint(cohort: Cohort) -> str:
-    """A hash of who is in a cohort, their outcomes and covariates, and what is known of them.
+    """A hash of who is in a cohort, their outcomes, covariates and classes, and what is known.
 
     Of bags and nodes only the lengths are hashed: reading every patch of a large store would take
     minutes.
@@ -39,6 +39,9 @@ def fingerprint(cohort: Cohort) -> str:
                 arrays.append(values)
         if source.kind == "graph":
             arrays += [source.nodes.lengths, *source.edges]
+    for name, target in cohort.targets.items():
+        digest.update("\n".join((name, str(target.ordinal), *target.classes)).encode())
+        arrays.append(target.labels)
     _add(digest, arrays)
     return digest.hexdigest()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -12,16 +13,18 @@ from torch import Tensor
 
 from survfuse.batch import BagBatch, GraphBatch, Modality, TableBatch
 from survfuse.data.names import unknown_name
-from survfuse.evaluation.predictions import Predictions
 from survfuse.extras import require
 from survfuse.models.base import Score, evaluating
+from survfuse.training.class_losses import class_probabilities, level_probabilities
 from survfuse.training.config import TrainConfig
 from survfuse.training.config_files import load_config
 from survfuse.training.device import pick_device
 from survfuse.training.fold_models import FoldModel, fold_models
-from survfuse.training.loop import risk_of
+from survfuse.training.predictions import load_any
 from survfuse.training.run_folder import RunFolder, RunFolderError, read_json
 from survfuse.training.sources import load_cohort
+from survfuse.training.task_losses import risk_of
+from survfuse.training.tasks import survival_task, tasks_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,7 +44,8 @@ class _View(NamedTuple):
     fold: FoldModel
     rows: np.ndarray  # [B] rows of the cohort
     inputs: dict[str, Modality]
-    score: Score
+    task: str
+    scores: dict[str, Score]  # by group: what of the task is explained
     top: int
 
 
@@ -52,6 +56,7 @@ def explain(
     what: Sequence[str] = ("attention", "modality_effect"),
     patients: Sequence[str] | None = None,
     top: int = TOP,
+    task: str | None = None,
     device: str = "auto",
 ) -> pd.DataFrame:
     """What every model of a finished run looks at, for the patients it was tested on.
@@ -60,9 +65,12 @@ def explain(
 
     * "attention": "attention", the share of the look of each token group (`patch_attention` of the
       model) that falls on a patch; and "patch_map", by branch, of models with `patch_maps`.
-    * "modality_effect": change of the risk that the modality causes, with it minus without.
-    * "gradient": "gradient_x_input" per column of every table, of the risk.
+    * "modality_effect": change of the score that the modality causes, with it minus without.
+    * "gradient": "gradient_x_input" per column of every table, of the score.
     * "gates": what a model with `modality_importance` says of its modalities, kinds by its names.
+
+    The score is the risk; of a task of levels the expected level, counted from 0; of classes the
+    probability of each, with its name as the group.
 
     Args:
         folder: a run of a neural model.
@@ -71,6 +79,7 @@ def explain(
         what: any of "attention", "modality_effect", "gradient", "gates".
         patients: these alone; None takes all.
         top: patches of each patient and group with the largest weights; 0 takes all.
+        task: what effects and gradients are of; None takes survival, else the run's first task.
         device: where to compute.
 
     Returns:
@@ -79,12 +88,12 @@ def explain(
         level-0 pixels, NaN where unknown. The same call gives the same frame.
 
     Raises:
-        ValueError: an unknown kind or patient, or a negative `top`.
+        ValueError: an unknown kind, patient or task, or a negative `top`.
         RunFolderError: the run is not finished, has no weights, or needs its cohort.
     """
     pd = require("pandas", extra="train")
     parts = explain_parts(
-        folder, cohort=cohort, what=what, patients=patients, top=top, device=device
+        folder, cohort=cohort, what=what, patients=patients, top=top, task=task, device=device
     )
     frames = [frame for frame in parts if len(frame)]
     if not frames:
@@ -99,6 +108,7 @@ def explain_parts(
     what: Sequence[str] = ("attention", "modality_effect"),
     patients: Sequence[str] | None = None,
     top: int = TOP,
+    task: str | None = None,
     device: str = "auto",
 ) -> Iterator[pd.DataFrame]:
     """`explain`, a frame for each batch, so that the whole table never lies in memory."""
@@ -111,19 +121,21 @@ def explain_parts(
     if not run.exists:
         raise RunFolderError(f"{run.path} holds no run")
     config = load_config(run.config)
+    task = _task(config, task)
     own = cohort is None
     if cohort is None:
         cohort = _own_cohort(run, config)
     wanted = None if patients is None else _known(patients, cohort)
     where = pick_device(device)
     for fold in fold_models(run, config, cohort, where):
+        scores = _scores(config, task, fold)
         rows = _test_rows(fold, cohort) if own else np.arange(len(cohort))
         if wanted is not None:
             rows = rows[[cohort.patient_ids[row] in wanted for row in rows]]
         for start in range(0, len(rows), config.training.batch_size):
             chunk = rows[start : start + config.training.batch_size]
             inputs = fold.prepared.batch(chunk, device=where).inputs
-            yield _frame(_View(fold, chunk, inputs, _score(config), top), what)
+            yield _frame(_View(fold, chunk, inputs, task, scores, top), what)
 
 
 def _own_cohort(run: RunFolder, config: TrainConfig) -> Cohort:
@@ -144,7 +156,7 @@ def _known(patients: Sequence[str], cohort: Cohort) -> set[str]:
 
 
 def _test_rows(fold: FoldModel, cohort: Cohort) -> np.ndarray:
-    tested = Predictions.load(fold.files.path).folds[0].test.unit_ids
+    tested = load_any(fold.files.path).folds[0].test.unit_ids
     row_of = {unit: row for row, unit in enumerate(cohort.unit_ids)}
     missing = [unit for unit in tested if unit not in row_of]
     if missing:
@@ -154,8 +166,34 @@ def _test_rows(fold: FoldModel, cohort: Cohort) -> np.ndarray:
     return np.array([row_of[unit] for unit in tested], dtype=np.int64)
 
 
-def _score(config: TrainConfig) -> Score:
-    return lambda logits: risk_of(logits.float(), config)
+def _task(config: TrainConfig, task: str | None) -> str:
+    tasks = tasks_of(config)
+    if task is None:
+        return survival_task(config) or next(iter(tasks))
+    if task not in tasks:
+        raise ValueError(unknown_name("task", task, tasks))
+    return task
+
+
+def _scores(config: TrainConfig, task: str, fold: FoldModel) -> dict[str, Score]:
+    """What of a task is explained, by group: logits [B, out] to [B] each."""
+    kind = tasks_of(config)[task].kind
+    if kind == "survival":
+        return {"": lambda logits: risk_of(logits.float(), config)}
+    if kind == "ordinal":
+        return {"": _expected_level}
+    names = fold.prepared.cohort.targets[task].classes
+    return {name: partial(_probability, k) for k, name in enumerate(names)}
+
+
+def _expected_level(logits: Tensor) -> Tensor:
+    probabilities = level_probabilities(logits)
+    levels = torch.arange(probabilities.shape[1], device=logits.device, dtype=probabilities.dtype)
+    return (probabilities * levels).sum(1)
+
+
+def _probability(k: int, logits: Tensor) -> Tensor:
+    return class_probabilities(logits)[:, k]
 
 
 def _frame(view: _View, what: Sequence[str]) -> pd.DataFrame:
@@ -214,8 +252,9 @@ def _places(batch: Modality, start: int, order: Tensor) -> tuple[Any, Any]:
 
 
 def _effects(view: _View) -> Iterator[dict[str, Any]]:
-    effects = view.fold.model.modality_effect(view.inputs, score=view.score)
-    yield from _per_modality(view, "modality_effect", effects)
+    for group, score in view.scores.items():
+        effects = view.fold.model.modality_effect(view.inputs, score=score, task=view.task)
+        yield from _per_modality(view, "modality_effect", effects, group)
 
 
 def _gates(view: _View) -> Iterator[dict[str, Any]]:
@@ -226,7 +265,9 @@ def _gates(view: _View) -> Iterator[dict[str, Any]]:
                 yield from _per_modality(view, kind, importance)
 
 
-def _per_modality(view: _View, kind: str, values: Mapping[str, Tensor]) -> Iterator[dict[str, Any]]:
+def _per_modality(
+    view: _View, kind: str, values: Mapping[str, Tensor], group: str = ""
+) -> Iterator[dict[str, Any]]:
     """A row for each sample that has the modality."""
     for name, value in values.items():
         present = torch.ones(len(value), dtype=torch.bool)
@@ -234,7 +275,7 @@ def _per_modality(view: _View, kind: str, values: Mapping[str, Tensor]) -> Itera
             present = _present(view.inputs[name])
         samples = present.nonzero()[:, 0].tolist()
         numbers = value.detach().float().cpu()[present].tolist()
-        yield _part(view, samples, kind, name, "", item="", value=numbers)
+        yield _part(view, samples, kind, name, group, item="", value=numbers)
 
 
 def _gradients(view: _View) -> Iterator[dict[str, Any]]:
@@ -242,13 +283,14 @@ def _gradients(view: _View) -> Iterator[dict[str, Any]]:
     for name, batch in view.inputs.items():
         if not isinstance(batch, TableBatch):
             continue
-        found = model.gradient_importance(view.inputs, name, score=view.score).cpu()
         columns = list(prepared.features(name))
-        for sample in _present(batch).nonzero()[:, 0].tolist():
-            yield _part(
-                view, [sample] * len(columns), "gradient_x_input", name, "",
-                item=columns, value=found[sample].tolist(),
-            )  # fmt: skip
+        for group, score in view.scores.items():
+            found = model.gradient_importance(view.inputs, name, score=score, task=view.task).cpu()
+            for sample in _present(batch).nonzero()[:, 0].tolist():
+                yield _part(
+                    view, [sample] * len(columns), "gradient_x_input", name, group,
+                    item=columns, value=found[sample].tolist(),
+                )  # fmt: skip
 
 
 def _present(batch: Modality) -> Tensor:

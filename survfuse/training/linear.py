@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from survfuse.models.cox import CoxRegression
 
 CLINICAL = ("age", "is_female")
-# models that are fitted, not trained by the loop
-LINEAR = ("clinical_cox", "elastic_net_cox")
 
 
 def development_rows(config: TrainConfig, split: Split) -> np.ndarray:

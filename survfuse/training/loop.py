@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from survfuse.batch import Batch
-from survfuse.evaluation.concordance import concordance_index
+from survfuse.training.augment import augment
 from survfuse.training.checkpoint import (
     EarlyStopping,
     Progress,
@@ -22,10 +22,12 @@ from survfuse.training.checkpoint import (
     save_checkpoint,
 )
 from survfuse.training.config import TrainConfig
-from survfuse.training.losses import class_weights_of, cox_loss, nll_loss, risk_from_hazards
+from survfuse.training.loop_coordination import LoopCoordination
 from survfuse.training.run_folder import FoldFolder, MetricsLog
 from survfuse.training.schedule import apply_schedule, make_optimizer
 from survfuse.training.seeds import epoch_order, random_state, restore_random_state
+from survfuse.training.task_losses import TaskLosses, c_index, risk_of, scores, watched_name
+from survfuse.training.tasks import survival_task, tasks_of
 
 if TYPE_CHECKING:
     from survfuse.data.cohort import PreparedCohort
@@ -81,7 +83,7 @@ def train_fold(task: FoldTask) -> FoldResult:
     stopping = EarlyStopping(
         # without validation rows there is nothing to watch: a fixed number of epochs
         config.training.patience if len(task.validation) else None,
-        higher_is_better=config.training.metric == "c_index",
+        higher_is_better=config.training.metric != "loss",
     )
     state = _LoopState(task, stopping)
     if task.folder.checkpoint.is_file():
@@ -92,13 +94,13 @@ def train_fold(task: FoldTask) -> FoldResult:
         record = _end_of_epoch(state)
         stop = False
         if len(task.validation):
-            watched = record["validation_" + config.training.metric]
+            watched = record["validation_" + watched_name(config.training.metric, config)]
             stop = stopping.update(watched, progress.epoch, task.model)
         task.log.append(record)
         progress.finished = stop or progress.epoch >= config.training.epochs
         if not progress.finished:
             progress.epoch += 1
-        progress.batch, progress.loss_sum, progress.risks = 0, 0.0, []
+        progress.begin_epoch()
         state.save()
         task.on_epoch(record)
     use_best = config.protocol.weights == "best" and stopping.weights is not None
@@ -119,8 +121,11 @@ class _LoopState:
         self.task = task
         self.stopping = stopping
         self.progress = Progress()
+        self.coordination: LoopCoordination | None = None
+        if task.config.coordination.mode != "none":
+            self.coordination = LoopCoordination(task.config, task.model)
         self.optimizer = make_optimizer(list(task.model.parameters()), task.config.optimizer)
-        self.class_weights = _class_weights(task)
+        self.losses = TaskLosses(task.config, task.prepared, task.train, task.device)
         self.n_batches = -(-len(task.train) // settings.batch_size)
         self.steps_per_epoch = -(-self.n_batches // settings.accumulate)
         self.total_steps = self.steps_per_epoch * settings.epochs
@@ -135,6 +140,7 @@ class _LoopState:
                 "stopping": self.stopping.state(),
                 "progress": self.progress.state(),
                 "random": random_state(),
+                "coordination": self.coordination and self.coordination.state_dict(),
             },
         )
 
@@ -144,6 +150,8 @@ class _LoopState:
         self.stopping.restore(content["stopping"])
         self.progress = Progress.from_state(content["progress"])
         restore_random_state(content["random"])
+        if self.coordination is not None:
+            self.coordination.load_state_dict(content["coordination"])
 
 
 def _train_epoch(state: _LoopState) -> None:
@@ -179,79 +187,100 @@ def _step(state: _LoopState, window: list[np.ndarray]) -> None:
     state.optimizer.zero_grad(set_to_none=True)
     n_rows = sum(len(rows) for rows in window)
     for rows in window:
-        batch = task.prepared.batch(rows, device=task.device)
+        batch = augment(task.prepared.batch(rows, device=task.device), config.training.augment)
         logits, auxiliary = forward(task.model, batch, config, task.device)
-        loss = survival_loss(logits, batch, config, state.class_weights)
-        value = float(loss.detach())
-        if not np.isfinite(value):
-            raise _not_finite(state, rows, value)
+        losses = state.losses.of_batch(logits, batch)
+        _record_batch(state, rows, batch, losses, logits)
         share = len(rows) / n_rows
-        total = share * (loss / config.loss.survival_divisor + auxiliary)
+        total = share * (state.losses.total(losses) + auxiliary)
         if rows is window[-1] and config.loss.l1:
             norms = sum(parameter.abs().sum() for parameter in task.model.parameters())
             total = total + config.loss.l1 * norms
         total.backward()
-        progress.loss_sum += value * len(rows)
-        progress.risks.append(risk_of(logits.detach(), config).float().cpu())
+        if state.coordination is not None:
+            state.coordination.observe(batch)
         progress.batch += 1
+    if state.coordination is not None:
+        state.coordination.coordinate()
     if config.training.clip_norm is not None:
         torch.nn.utils.clip_grad_norm_(task.model.parameters(), config.training.clip_norm)
     state.optimizer.step()
     progress.step += 1
 
 
+def _record_batch(
+    state: _LoopState,
+    rows: np.ndarray,
+    batch: Batch,
+    losses: dict[str, Tensor],
+    logits: dict[str, Tensor],
+) -> None:
+    """Add a batch to the sums of its epoch; raise where its loss is not finite."""
+    config, progress = state.task.config, state.progress
+    # one wait for the device, however many tasks
+    values = torch.stack([loss.detach() for loss in losses.values()]).tolist()
+    for (name, n_rows), value in zip(state.losses.rows_of(batch).items(), values):
+        if not np.isfinite(value):
+            raise _not_finite(state, rows, value, name)
+        progress.add(name, value, n_rows)
+    survival = survival_task(config)
+    if survival is not None:
+        progress.risks.append(risk_of(logits[survival].detach(), config).float().cpu())
+
+
 def _end_of_epoch(state: _LoopState) -> dict[str, Any]:
     """The metrics record of the epoch that just ended."""
     task, progress, config = state.task, state.progress, state.task.config
+    cohort = task.prepared.cohort
     order = task.train[epoch_order(len(task.train), seed=task.seed, epoch=progress.epoch)]
-    risks = torch.cat(progress.risks).double().numpy()
     record: dict[str, Any] = {
         **task.labels,
         "epoch": progress.epoch,
         "step": progress.step,
         "lr": state.optimizer.param_groups[0]["lr"],
-        "train_loss": progress.loss_sum / len(order),
-        "train_c_index": _c_index(risks, task.prepared, order),
+        **_recorded("train", progress.mean_losses(), state.losses),
     }
+    if state.coordination is not None:
+        record |= state.coordination.epoch_record()
+    if progress.risks:
+        risks = torch.cat(progress.risks).double().numpy()
+        record["train_c_index"] = c_index(risks, cohort, order)
     if len(task.validation):
         try:
             logits = predict_logits(task.model, task.prepared, task.validation, config, task.device)
         except TrainingError as error:
             raise TrainingError(f"{_where(task)}, epoch {progress.epoch}: {error}") from None
         batch = _outcomes(task.prepared, task.validation)
-        weights = None if state.class_weights is None else state.class_weights.cpu()
-        record["validation_loss"] = float(survival_loss(logits, batch, config, weights))
-        risk = risk_of(logits, config).double().numpy()
-        record["validation_c_index"] = _c_index(risk, task.prepared, task.validation)
+        losses = state.losses.of_batch(logits, batch)
+        means = {
+            # without a row whose class is known there is no mean
+            name: float(losses[name]) if n_rows else float("nan")
+            for name, n_rows in state.losses.rows_of(batch).items()
+        }
+        record.update(_recorded("validation", means, state.losses))
+        for name, value in scores(logits, config, cohort, task.validation).items():
+            record[f"validation_{name}"] = value
     return record
+
+
+def _recorded(part: str, means: dict[str, float], losses: TaskLosses) -> dict[str, float]:
+    """The loss of a part of the rows, and of several tasks the loss of each."""
+    found = {f"{part}_loss": losses.recorded(means)}
+    if len(means) > 1:
+        found.update({f"{part}_{name}_loss": value for name, value in means.items()})
+    return found
 
 
 def forward(
     model: torch.nn.Module, batch: Batch, config: TrainConfig, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Logits [B, out] in fp32 and the sum of the model's further losses."""
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Logits [B, out] of every task in fp32 and the sum of the model's further losses."""
     with torch.autocast(
         device.type, dtype=torch.bfloat16, enabled=config.training.precision == "bf16"
     ):
         output = model(batch.inputs)
     auxiliary = sum(output.auxiliary.values(), torch.zeros((), device=device))
-    return output.logits["survival"].float(), auxiliary
-
-
-def survival_loss(
-    logits: Tensor, batch: Batch, config: TrainConfig, weights: Tensor | None
-) -> Tensor:
-    """The mean survival loss of a batch, before `survival_divisor`."""
-    if config.loss.name == "cox":
-        return cox_loss(logits[:, 0], time=batch.time, event=batch.event, ties=config.loss.ties)
-    return nll_loss(
-        logits, batch.label, batch.event, alpha=config.loss.alpha, class_weights=weights
-    )
-
-
-def risk_of(logits: Tensor, config: TrainConfig) -> Tensor:
-    """Risk [B], higher = earlier event."""
-    return logits[:, 0] if config.loss.name == "cox" else risk_from_hazards(logits)
+    return {name: output.logits[name].float() for name in tasks_of(config)}, auxiliary
 
 
 @torch.no_grad()
@@ -261,8 +290,8 @@ def predict_logits(
     rows: np.ndarray,
     config: TrainConfig,
     device: torch.device,
-) -> Tensor:
-    """Logits [n, out] of `rows` in evaluation mode, on the CPU. Draws no random number.
+) -> dict[str, Tensor]:
+    """Logits [n, out] of `rows` by task, in evaluation mode, on the CPU. Draws no random number.
 
     Raises:
         TrainingError: a logit is NaN or infinite, as after a last step that went too far.
@@ -272,26 +301,20 @@ def predict_logits(
     parts = []
     for chunk in _chunks(rows, config.training.batch_size):
         logits, _ = forward(model, prepared.batch(chunk, device=device), config, device)
-        parts.append(logits.cpu())
+        parts.append({name: values.cpu() for name, values in logits.items()})
     model.train(was_training)
-    logits = torch.cat(parts)
-    wrong = ~logits.isfinite().all(-1)
-    if bool(wrong.any()):
-        row = int(rows[int(wrong.nonzero()[0])])
-        raise TrainingError(
-            f"the logits of patient {prepared.cohort.patient_ids[row]} are NaN or infinite; look "
-            "for NaN or very large numbers in the features, or lower optimizer.lr"
-        )
-    return logits
-
-
-def _class_weights(task: FoldTask) -> Tensor | None:
-    """Weights of the time bins from the training rows; None where none are asked for."""
-    kind = task.config.loss.class_weights
-    if kind == "none":
-        return None
-    label = torch.from_numpy(np.asarray(task.prepared.labels)[task.train])
-    return class_weights_of(label, task.prepared.n_bins, kind=kind).to(task.device)
+    joined = {name: torch.cat([part[name] for part in parts]) for name in tasks_of(config)}
+    for name, values in joined.items():
+        wrong = ~values.isfinite().all(-1)
+        if bool(wrong.any()):
+            row = int(rows[int(wrong.nonzero()[0])])
+            of = f" of task {name}" if len(joined) > 1 else ""
+            raise TrainingError(
+                f"the logits{of} of patient {prepared.cohort.patient_ids[row]} are NaN or "
+                "infinite; look for NaN or very large numbers in the features, or lower "
+                "optimizer.lr"
+            )
+    return joined
 
 
 def _chunks(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
@@ -308,31 +331,23 @@ def _outcomes(prepared: PreparedCohort, rows: np.ndarray) -> Batch:
         torch.from_numpy(np.asarray(cohort.event)[rows]),
         torch.from_numpy(np.asarray(prepared.labels)[rows]),
         torch.from_numpy(np.asarray(rows)),
+        {name: torch.from_numpy(target.labels[rows]) for name, target in cohort.targets.items()},
     )
-
-
-def _c_index(risk: np.ndarray, prepared: PreparedCohort, rows: np.ndarray) -> float:
-    """Harrell's C; NaN where no pair is comparable."""
-    time = np.asarray(prepared.cohort.time)[rows]
-    event = np.asarray(prepared.cohort.event)[rows]
-    # a pair needs somebody who was followed beyond an event
-    if not event.any() or not (time > time[event].min()).any():
-        return float("nan")
-    return float(concordance_index(risk, time=time, event=event))
 
 
 def _where(task: FoldTask) -> str:
     return ", ".join(f"{name} {number}" for name, number in task.labels.items())
 
 
-def _not_finite(state: _LoopState, rows: np.ndarray, value: float) -> TrainingError:
+def _not_finite(state: _LoopState, rows: np.ndarray, value: float, name: str) -> TrainingError:
     task, progress = state.task, state.progress
     patients = [str(task.prepared.cohort.patient_ids[row]) for row in rows]
     shown = ", ".join(patients[:8]) + (
         f" and {len(patients) - 8} more" if len(patients) > 8 else ""
     )
+    of = f" of task {name}" if len(state.losses.tasks) > 1 else ""
     return TrainingError(
-        f"the loss is {value} at {_where(task)}, epoch {progress.epoch}, batch "
+        f"the loss{of} is {value} at {_where(task)}, epoch {progress.epoch}, batch "
         f"{progress.batch + 1} of {state.n_batches}; patients of the batch: {shown}. Look for NaN "
         "or very large numbers in their features, or lower optimizer.lr; the last checkpoint holds "
         "the weights before"

@@ -169,7 +169,8 @@ def _score_design(
         masks = withheld(name, cohort, rows, config.evaluation.seed)
         less = withhold_rows(cohort.subset(rows), masks)
         loaded = load_fold(files, config, less, device)
-        test = score_rows(loaded.model, config, loaded.prepared, np.arange(len(rows)), device)
+        scored = score_rows(loaded.model, config, loaded.prepared, np.arange(len(rows)), device)
+        test = scored.survival
         train = Predictions.load(files.path).folds[0].train
         edges = loaded.prepared.edges if test.logits is not None else None
         folds.append(FoldPredictions(fold_name(plan.seed, plan.fold), test, train, edges))

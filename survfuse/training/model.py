@@ -14,6 +14,8 @@ from survfuse.models.settings import ModalityConfig
 from survfuse.training.config import TrainConfig
 from survfuse.training.config_files import ConfigError, from_plain
 from survfuse.training.linear import check_linear
+from survfuse.training.loop_coordination import check_branches
+from survfuse.training.tasks import outputs_of
 
 if TYPE_CHECKING:
     from survfuse.data.cohort import PreparedCohort
@@ -29,13 +31,14 @@ def build_model(config: TrainConfig, prepared: PreparedCohort) -> torch.nn.Modul
     The same seed gives the same weights, whatever device the model goes to later.
 
     Args:
-        config: names the model; the loss decides the width of its output.
-        prepared: gives the modalities, their widths and gene groups, and the number of time bins.
+        config: names the model; the tasks and the loss decide its outputs.
+        prepared: gives the modalities, their widths and gene groups, and the numbers of time bins
+            and classes.
 
     Raises:
-        ConfigError: a setting of the model is wrong.
+        ConfigError: a setting of the model is wrong, or it has no branches to coordinate.
     """
-    outputs = {"survival": 1 if config.loss.name == "cox" else prepared.n_bins}
+    outputs = outputs_of(config, prepared)
     model = model_class(config.model.name)
     kind = model.config_class
     try:
@@ -53,11 +56,13 @@ def build_model(config: TrainConfig, prepared: PreparedCohort) -> torch.nn.Modul
                 )
         modalities = _modality_settings(preset.modalities, settings.pop("modalities", {}))
         values = {**_fields(preset), **settings, "modalities": modalities}
-        return model(from_plain(kind, values, prefix="model.settings"))
+        built = model(from_plain(kind, values, prefix="model.settings"))
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(f"model: {error}") from None
+    check_branches(config, built)
+    return built
 
 
 def check_model(config: TrainConfig, prepared: PreparedCohort) -> None:

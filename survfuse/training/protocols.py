@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from survfuse.training.config import TrainConfig
+from survfuse.training.tasks import survival_task
 
 # released settings: HEALNet's recipe is healnet/main.py and config/main_gpu.yml
 # of konst-int-i/healnet at 90459b6; MCAT's and SurvPath's are main.py of their repositories
@@ -102,7 +103,7 @@ def leaks(config: TrainConfig) -> list[str]:
         found.append(
             "rows are slides and are split at random: slides of one patient can lie on both sides"
         )
-    if protocol.bins == "all":
+    if protocol.bins == "all" and survival_task(config) is not None:
         found.append("the edges of the time bins are fitted on all rows, test rows included")
     if protocol.fill == "all":
         what = "missing numbers are filled with means over all rows, test rows included"

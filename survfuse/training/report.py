@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from survfuse.evaluation.class_predictions import ClassPredictions
+from survfuse.evaluation.class_report import ClassReport, evaluate_classes, write_class_report
 from survfuse.evaluation.comparison import Comparison, compare
 from survfuse.evaluation.intervals import Fold, pooled_concordance
 from survfuse.evaluation.predictions import Predictions
@@ -23,6 +25,7 @@ from survfuse.training.config import TrainConfig
 from survfuse.training.folds import FoldPlan
 from survfuse.training.protocols import quirks
 from survfuse.training.run_folder import RunFolder, write_json
+from survfuse.training.tasks import survival_task
 
 if TYPE_CHECKING:
     from survfuse.data.cohort import Cohort
@@ -84,6 +87,38 @@ def write_reports(
     if settings.figures:
         _figures(folder, predictions, [report, *(baselines or {}).values()])
     return report, comparison
+
+
+def write_class_reports(
+    folder: RunFolder,
+    config: TrainConfig,
+    cohort: Cohort,
+    predictions: Mapping[str, ClassPredictions],
+) -> dict[str, ClassReport]:
+    """Evaluate every class task of a run and write `report_<task>.json` and `.md`.
+
+    A run without a survival task has its first class task's as `report.json` and `.md` too.
+
+    Args:
+        folder: where the files go.
+        config: number of resamples, level.
+        cohort: its notes are repeated in the reports.
+        predictions: of the run, by task.
+
+    Returns:
+        The reports by task, in the order of the configuration.
+    """
+    settings, found = config.evaluation, {}
+    notes = [*cohort.notes, *quirks(config), *([config.notes] if config.notes else [])]
+    for task, own in predictions.items():
+        report = evaluate_classes(
+            own, resamples=settings.bootstrap, level=settings.level, seed=settings.seed
+        )
+        found[task] = dataclasses.replace(report, notes=(*notes, *report.notes))
+        write_class_report(found[task], folder.path)
+    if found and survival_task(config) is None:
+        write_class_report(next(iter(found.values())), folder.path, name="report")
+    return found
 
 
 def oracle_concordance(

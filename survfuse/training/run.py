@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +14,8 @@ import numpy as np
 import torch
 
 from survfuse.data.splits import Split
+from survfuse.evaluation.class_predictions import ClassPredictions
+from survfuse.evaluation.class_report import ClassReport
 from survfuse.evaluation.comparison import Comparison
 from survfuse.evaluation.predictions import Predictions
 from survfuse.evaluation.report import Report, evaluate
@@ -31,8 +33,8 @@ from survfuse.training.folds import FoldPlan, plan_folds
 from survfuse.training.identity import fingerprint, fingerprint_folds
 from survfuse.training.missing import check_designs, score_missing
 from survfuse.training.model import NEURAL, check_modality_names, check_model
-from survfuse.training.predictions import make_predictions
-from survfuse.training.report import oracle_concordance, write_reports
+from survfuse.training.predictions import gather_predictions
+from survfuse.training.report import oracle_concordance, write_class_reports, write_reports
 from survfuse.training.run_folder import (
     RunFolder,
     RunFolderError,
@@ -44,6 +46,7 @@ from survfuse.training.run_folder import (
 )
 from survfuse.training.run_folds import Progress, prepare, run_folds
 from survfuse.training.sources import LoadedCohort, load_cohort, shape_cohort
+from survfuse.training.tasks import check_known, with_targets
 
 if TYPE_CHECKING:
     from survfuse.data.cohort import Cohort, PreparedCohort
@@ -56,22 +59,26 @@ class RunResult:
     Attributes:
         folder: where everything lies.
         config: as it was run.
-        predictions: of every seed and fold, for test and training rows.
+        predictions: of every seed and fold, for test and training rows; None for a run without a
+            survival task.
         metrics: one record per seed, fold and epoch.
-        report: metrics with intervals.
-        comparison: the run against each of its baselines; None without any.
+        report: metrics with intervals; of the first class task for a run without survival.
+        comparison: the run's survival against each of its baselines'; None without any.
         oracles: simulated cohorts: C of the best possible risks on the test rows.
         baselines: the finished run of every baseline by name.
+        class_predictions, class_reports: of every class task by name.
     """
 
     folder: Path
     config: TrainConfig
-    predictions: Predictions
+    predictions: Predictions | None
     metrics: list[dict[str, Any]]
-    report: Report
+    report: Report | ClassReport
     comparison: Comparison | None
     oracles: dict[str, float] | None
     baselines: dict[str, RunResult]
+    class_predictions: dict[str, ClassPredictions] = field(default_factory=dict)
+    class_reports: dict[str, ClassReport] = field(default_factory=dict)
 
 
 def fit(
@@ -183,6 +190,7 @@ def plan_run(config: TrainConfig, loaded: LoadedCohort) -> RunPlan:
     """
     device = pick_device(config.training.device)
     folds = plan_folds(config, loaded.cohort, loaded.split)
+    check_known(config, loaded.cohort, [plan.split for plan in folds])
     baselines = baseline_configs(config, list(loaded.cohort.modalities))
     check_designs(config, loaded.cohort, folds)
     if not config.data.modalities:
@@ -213,7 +221,8 @@ def _given_cohort(config: TrainConfig, cohort: Cohort, split: Split | None) -> L
         raise ValueError(
             f"cohort {cohort.name!r} holds rows without outcome; it can be scored, not trained on"
         )
-    return LoadedCohort(shape_cohort(config.data, cohort), split, None, given=True)
+    shaped = with_targets(config, shape_cohort(config.data, cohort))
+    return LoadedCohort(shaped, split, None, given=True)
 
 
 def run_loaded(
@@ -252,12 +261,52 @@ def _locked_run(
         cohort = bags_to_device(cohort, device)
     with _threads(environment["threads"]):
         run_folds(config, folder, cohort, plans, device, progress)
-    folds = [Predictions.load(folder.fold(plan.seed, plan.fold).path).folds[0] for plan in plans]
-    predictions = make_predictions(config, folds)
-    predictions.save(folder.path)
+    predictions, class_predictions = gather_predictions(config, folder, loaded.cohort, plans)
     metrics = read_metrics(folder.metrics)
     if metrics:
         write_metrics_table(metrics, folder.metrics_table)
+    baselines = _train_baselines(config, folder, loaded, plan, progress, environment["threads"])
+    if config.evaluation.missing:
+        trained = {name: result.predictions for name, result in baselines.items()}
+        with _threads(environment["threads"]):
+            score_missing(folder, config, cohort, plans, device, trained)
+    class_reports = write_class_reports(folder, config, loaded.cohort, class_predictions)
+    report, comparison, oracles = next(iter(class_reports.values()), None), None, None
+    if predictions is not None:
+        if loaded.oracle is not None:
+            oracles = oracle_concordance(loaded.cohort, plans, loaded.oracle)
+        report, comparison = write_reports(
+            folder,
+            config,
+            loaded.cohort,
+            predictions,
+            oracles=oracles,
+            baselines={name: result.report for name, result in baselines.items()},
+            baseline_predictions={name: result.predictions for name, result in baselines.items()},
+        )
+    return RunResult(
+        folder.path,
+        config,
+        predictions,
+        metrics,
+        report,
+        comparison,
+        oracles,
+        baselines,
+        class_predictions,
+        class_reports,
+    )
+
+
+def _train_baselines(
+    config: TrainConfig,
+    folder: RunFolder,
+    loaded: LoadedCohort,
+    plan: RunPlan,
+    progress: Progress,
+    threads: int,
+) -> dict[str, RunResult]:
+    """Every baseline by name, each finished in its folder below the run."""
     baselines = {}
     for name, baseline in plan.baselines.items():
         progress({"kind": "baseline", "name": name})
@@ -266,29 +315,11 @@ def _locked_run(
             reduced = loaded._replace(cohort=loaded.cohort.only(baseline.data.modalities))
         # with the threads of the run, wherever it is resumed
         baselines[name] = run_loaded(
-            baseline, folder.baseline(name), reduced, progress, threads=environment["threads"]
+            baseline, folder.baseline(name), reduced, progress, threads=threads
         )
     if UNIMODAL in config.evaluation.baselines:
         baselines[UNIMODAL] = _unimodal(config, folder, loaded.cohort, baselines)
-    if config.evaluation.missing:
-        trained = {name: result.predictions for name, result in baselines.items()}
-        with _threads(environment["threads"]):
-            score_missing(folder, config, cohort, plans, device, trained)
-    oracles = None
-    if loaded.oracle is not None:
-        oracles = oracle_concordance(loaded.cohort, plans, loaded.oracle)
-    report, comparison = write_reports(
-        folder,
-        config,
-        loaded.cohort,
-        predictions,
-        oracles=oracles,
-        baselines={name: result.report for name, result in baselines.items()},
-        baseline_predictions={name: result.predictions for name, result in baselines.items()},
-    )
-    return RunResult(
-        folder.path, config, predictions, metrics, report, comparison, oracles, baselines
-    )
+    return baselines
 
 
 def _unimodal(

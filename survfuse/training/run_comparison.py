@@ -11,17 +11,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from survfuse.data.names import unknown_name
+from survfuse.evaluation.class_report import ClassReport
 from survfuse.evaluation.comparison import Comparison, compare
+from survfuse.evaluation.model_comparison import write_model_comparison
 from survfuse.evaluation.report import Report
-from survfuse.evaluation.report_files import write_model_comparison
 from survfuse.training.baselines import other_model
-from survfuse.training.config import BASELINES, UNIMODAL, DataConfig, ModelConfig, TrainConfig
+from survfuse.training.config import BASELINES, UNIMODAL, ModelConfig, TrainConfig
 from survfuse.training.config_files import ConfigError, absolute_paths
 from survfuse.training.folds import FoldPlan
 from survfuse.training.run import RunResult, check_folder, plan_run, run_loaded
 from survfuse.training.run_folder import RunFolder
 from survfuse.training.run_folds import Progress
 from survfuse.training.sources import LoadedCohort, load_cohort
+from survfuse.training.tasks import class_tasks, survival_task
 
 DIFFER = "a comparison needs the same patients in the same order, with the same outcomes"
 
@@ -31,12 +33,27 @@ class ComparedRuns(NamedTuple):
 
     folder: Path
     runs: dict[str, RunResult]  # by name, in the order given
-    comparison: Comparison
+    comparison: Comparison | None  # of survival; None for runs that do not predict it
 
     @property
     def reports(self) -> list[Report]:
-        """Of every run, in order."""
-        return [run.report for run in self.runs.values()]
+        """Survival of every run, in order; empty for runs that do not predict it."""
+        return [run.report for run in self.runs.values() if run.predictions is not None]
+
+    @property
+    def class_reports(self) -> dict[str, list[ClassReport]]:
+        """By class task, of every run that has it."""
+        found: dict[str, list[ClassReport]] = {}
+        for run in self.runs.values():
+            for task, report in run.class_reports.items():
+                found.setdefault(task, []).append(report)
+        return found
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the reports of all runs say of the data."""
+        said = [run.report.notes for run in self.runs.values()]
+        return tuple(note for note in said[0] if all(note in notes for notes in said))
 
 
 def compare_runs(
@@ -50,7 +67,8 @@ def compare_runs(
     """Train every configuration on one cohort and compare them, paired by patient and fold.
 
     Each run lies in `out/<name>`, without baselines of its own; `compare.md`, `.json` and `.csv`
-    hold C with intervals and the differences, whose p-values are Holm-adjusted.
+    hold C with intervals and the differences, whose p-values are Holm-adjusted, and the metrics of
+    class tasks with intervals, which are not compared in pairs.
 
     Args:
         configs: at least two, by the name they have in the table; the first is what the others are
@@ -62,13 +80,14 @@ def compare_runs(
         progress: as in `fit`.
 
     Raises:
-        ConfigError: fewer than two, two of one folder, or they do not test the same patients in the
-            same folds and seeds; says which and where.
+        ConfigError: fewer than two, two of one folder, only some predict survival, or they do not
+            test the same patients in the same folds and seeds; says which and where.
         RunFolderError: `out` holds one of the runs already (without `resume`).
     """
     if len(configs) < 2:
         raise ConfigError(f"configs holds {len(configs)} run(s); a comparison needs at least two")
     prepared = _entitled(configs)
+    _check_survival(prepared)
     folder = Path(out)
     for name, config in prepared.items():
         run = RunFolder(folder / _folder_name(name))
@@ -79,21 +98,24 @@ def compare_runs(
         runs[name] = run_loaded(
             config, RunFolder(folder / _folder_name(name)), loaded[name], progress
         )
-    settings = next(iter(prepared.values())).evaluation
-    comparison = compare(
-        [run.predictions for run in runs.values()],
-        against_first=not all_pairs,
-        resamples=settings.bootstrap,
-        level=settings.level,
-        seed=settings.seed,
+    found = ComparedRuns(folder, runs, None)
+    notes, settings = found.notes, next(iter(prepared.values())).evaluation
+    if found.reports:
+        comparison = compare(
+            [run.predictions for run in runs.values()],
+            against_first=not all_pairs,
+            resamples=settings.bootstrap,
+            level=settings.level,
+            seed=settings.seed,
+        )
+        # what every report says of the data is said of the comparison too
+        every = tuple(dict.fromkeys([*comparison.notes, *notes]))
+        found = found._replace(comparison=dataclasses.replace(comparison, notes=every))
+        notes = ()
+    write_model_comparison(
+        folder, found.reports, found.comparison, found.class_reports, notes=notes
     )
-    # what every report says of the data is said of the comparison too
-    reports = [run.report for run in runs.values()]
-    shared = [n for n in reports[0].notes if all(n in report.notes for report in reports)]
-    notes = dict.fromkeys([*comparison.notes, *shared])
-    comparison = dataclasses.replace(comparison, notes=tuple(notes))
-    write_model_comparison(reports, comparison, folder)
-    return ComparedRuns(folder, runs, comparison)
+    return found
 
 
 def model_configs(config: TrainConfig, models: list[str]) -> dict[str, TrainConfig]:
@@ -174,6 +196,20 @@ def _entitled(configs: Mapping[str, TrainConfig]) -> dict[str, TrainConfig]:
     }
 
 
+def _check_survival(configs: Mapping[str, TrainConfig]) -> None:
+    """Raise unless all of the runs predict survival, or none."""
+    predicts = {name: survival_task(config) is not None for name, config in configs.items()}
+    if len(set(predicts.values())) > 1:
+        one, other = (
+            next(name for name, survival in predicts.items() if survival is wanted)
+            for wanted in (True, False)
+        )
+        raise ConfigError(
+            f"{one} predicts survival and {other} does not; give all a task of kind survival, or "
+            "none"
+        )
+
+
 def _folder_name(name: str) -> str:
     return name.replace(":", "-").replace("/", "-").replace(" ", "-")
 
@@ -182,17 +218,19 @@ def _same_cohorts(configs: Mapping[str, TrainConfig]) -> dict[str, LoadedCohort]
     """The cohort of each run, read once for runs that read it alike.
 
     Raises:
-        ConfigError: two differ in patients or outcomes, or in who is tested when.
+        ConfigError: two differ in patients, outcomes or classes, or in who is tested when.
     """
-    read: list[tuple[DataConfig, str, LoadedCohort]] = []
+    read: list[tuple[TrainConfig, LoadedCohort]] = []
     found: dict[str, LoadedCohort] = {}
     first: tuple[str, LoadedCohort, list[FoldPlan]] | None = None
     for name, config in configs.items():
-        key = config.data, config.protocol.rows
-        same = [loaded for data, rows, loaded in read if (data, rows) == key]
+        same = [loaded for other, loaded in read if _reads_alike(config, other)]
         loaded = same[0] if same else load_cohort(config)
         if not same:
-            read.append((*key, loaded))
+            read.append((config, loaded))
+        # as if it had been read for this run alone, which `survfuse train --resume` will do
+        targets = {task: loaded.cohort.targets[task] for task in class_tasks(config)}
+        loaded = loaded._replace(cohort=dataclasses.replace(loaded.cohort, targets=targets))
         plans = plan_run(config, loaded).folds
         if first is None:
             first = name, loaded, plans
@@ -200,6 +238,15 @@ def _same_cohorts(configs: Mapping[str, TrainConfig]) -> dict[str, LoadedCohort]
             _check_same(first, (name, loaded, plans))
         found[name] = loaded
     return found
+
+
+def _reads_alike(config: TrainConfig, read: TrainConfig) -> bool:
+    """Whether a cohort that was read for one run holds all that another asks for."""
+    tasks = class_tasks(read)
+    return (
+        (config.data, config.protocol.rows) == (read.data, read.protocol.rows)
+        and all(tasks.get(name) == task for name, task in class_tasks(config).items())
+    )  # fmt: skip
 
 
 def _check_same(
@@ -215,6 +262,10 @@ def _check_same(
         )
     if not (np.array_equal(one.time, other.time) and np.array_equal(one.event, other.event)):
         raise ConfigError(f"{name_a} and {name_b} have other outcomes; {DIFFER}")
+    for task in sorted(set(one.targets) & set(other.targets)):
+        ours, theirs = one.targets[task], other.targets[task]
+        if ours.classes != theirs.classes or not np.array_equal(ours.labels, theirs.labels):
+            raise ConfigError(f"{name_a} and {name_b} have other classes of task {task}; {DIFFER}")
     keys = [[(plan.seed, plan.fold) for plan in plans] for plans in (plans_a, plans_b)]
     if keys[0] != keys[1]:
         raise ConfigError(

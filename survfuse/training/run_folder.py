@@ -195,7 +195,8 @@ def describe_environment(device: str, *, threads: int | None = None) -> dict[str
     import survfuse
 
     versions = {}
-    for name in ("torch", "numpy", "pandas", "scipy", "h5py", "triton", "pydantic"):
+    names = ("torch", "numpy", "pandas", "scipy", "scikit-learn", "h5py", "triton", "pydantic")
+    for name in names:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from survfuse.data.splits import Split
+from survfuse.evaluation.class_predictions import ClassFold
 from survfuse.evaluation.predictions import FoldPredictions
 from survfuse.training.checkpoint import load_checkpoint, save_tensors
 from survfuse.training.config import TrainConfig
@@ -18,9 +19,17 @@ from survfuse.training.folds import FoldPlan
 from survfuse.training.linear import development_rows, fit_cox
 from survfuse.training.loop import FoldTask, train_fold
 from survfuse.training.model import NEURAL, build_model
-from survfuse.training.predictions import fold_name, make_predictions, score_rows, unit_table
+from survfuse.training.predictions import (
+    Scored,
+    fold_name,
+    make_class_predictions,
+    make_predictions,
+    score_rows,
+    unit_table,
+)
 from survfuse.training.run_folder import FoldFolder, MetricsLog, RunFolder, write_json
 from survfuse.training.seeds import fold_seed, seed_everything
+from survfuse.training.tasks import survival_task
 
 if TYPE_CHECKING:
     from survfuse.data.cohort import Cohort, PreparedCohort
@@ -77,7 +86,8 @@ def prepare(config: TrainConfig, cohort: Cohort, split: Split) -> PreparedCohort
     everybody = np.arange(len(cohort))
     return cohort.prepare(
         split.train if protocol.fill == "train" else everybody,
-        n_bins=protocol.n_bins,
+        # without a survival task no event is needed
+        n_bins=None if survival_task(config) is None else protocol.n_bins,
         bin_rows=split.train if protocol.bins == "train" else everybody,
         clip=protocol.clip,
         scale="standard" if protocol.scale else "none",
@@ -98,7 +108,6 @@ def _run_fold(
     prepared = prepare(config, cohort, plan.split)
     write_json(files.preprocessing, prepared.state)
     development = development_rows(config, plan.split)
-    edges = None
     if config.model.name in NEURAL:
         seed = fold_seed(plan.seed, plan.fold)
         seed_everything(seed)
@@ -120,16 +129,17 @@ def _run_fold(
             details = dataclasses.asdict(train_fold(task))
             kept = log.n_bytes
         save_tensors(files.weights, model.state_dict())
-        tables = [
+        scored = [
             score_rows(model, config, prepared, np.asarray(rows), device)
             for rows in (plan.split.test, development)
         ]
-        edges = prepared.edges if tables[0].logits is not None else None
     else:
         risk, details = fit_cox(config, cohort, prepared, development, plan.seed)
-        tables = [unit_table(prepared, rows, risk[rows]) for rows in (plan.split.test, development)]
-    fold = FoldPredictions(fold_name(plan.seed, plan.fold), *tables, edges)
-    make_predictions(config, [fold]).save(files.path)
+        scored = [
+            Scored(unit_table(prepared, rows, risk[rows]), {})
+            for rows in (plan.split.test, development)
+        ]
+    _save(config, prepared, fold_name(plan.seed, plan.fold), *scored, files)
     files.finish(
         {
             "seed": plan.seed,
@@ -142,6 +152,24 @@ def _run_fold(
         }
     )
     return kept
+
+
+def _save(
+    config: TrainConfig,
+    prepared: PreparedCohort,
+    name: str,
+    test: Scored,
+    train: Scored,
+    files: FoldFolder,
+) -> None:
+    """Write the predictions of a fold, one pair of files for each task."""
+    if test.survival is not None:
+        edges = prepared.edges if test.survival.logits is not None else None
+        fold = FoldPredictions(name, test.survival, train.survival, edges)
+        make_predictions(config, [fold]).save(files.path)
+    for task, table in test.classes.items():
+        fold = ClassFold(name, table, train.classes[task])
+        make_class_predictions(config, prepared.cohort, task, [fold]).save(files.path)
 
 
 @contextmanager

@@ -12,10 +12,12 @@ from survfuse.data.splits import Split
 from survfuse.extras import require
 from survfuse.training.config import GROUPS, DataConfig, TrainConfig
 from survfuse.training.config_files import ConfigError
+from survfuse.training.tasks import class_tasks, with_targets
 
 if TYPE_CHECKING:
     from survfuse.data.bags import Bags
     from survfuse.data.cohort import Cohort
+    from survfuse.data.targets import ClassTarget
 
 SMOKE_TEST_NOTE = (
     "regions of {slides} real slides with invented follow-up: a smoke test of the way from a slide "
@@ -35,12 +37,13 @@ class LoadedCohort(NamedTuple):
 
 
 def load_cohort(config: TrainConfig, *, external: bool = False) -> LoadedCohort:
-    """The cohort of `config.data`, with the modalities, gene groups and patches it asks for.
+    """The cohort of `config.data`, with the modalities, groups, patches and targets it asks for.
 
     Args:
-        config: its data section, and what a row is.
+        config: its data section, its tasks, and what a row is.
         external: for a trained model to score: patients of unknown outcome are kept, gene groups
-            are left to what was frozen with the model, and bags may be lacking.
+            are left to what was frozen with the model, bags may be lacking, and classes are not
+            read.
 
     Raises:
         ConfigError: a setting does not fit the source.
@@ -57,7 +60,10 @@ def load_cohort(config: TrainConfig, *, external: bool = False) -> LoadedCohort:
     cohort = loaded.cohort
     if config.data.bags == "simulated" and config.data.source != "simulated":
         cohort = _with_simulated_bags(config.data, cohort)
-    return loaded._replace(cohort=shape_cohort(config.data, cohort, external=external))
+    cohort = shape_cohort(config.data, cohort, external=external)
+    if external:
+        return loaded._replace(cohort=cohort._replace(targets={}))
+    return loaded._replace(cohort=with_targets(config, cohort))
 
 
 def shape_cohort(data: DataConfig, cohort: Cohort, *, external: bool = False) -> Cohort:
@@ -165,12 +171,29 @@ def _tcga(config: TrainConfig, external: bool) -> LoadedCohort:
         rows=config.protocol.rows,
         tables=data.tables,
         types=data.types or None,
+        exclude=data.exclude,
         outcomes=outcomes,
         endpoint=data.endpoint,
         missing_outcome="keep" if external else "error" if outcomes is None else "drop",
         bags=_bag_path(data),
     )
+    if data.cohort == "gbmlgg" and not external:
+        cohort = cohort._replace(targets=_glioma_targets(config, cohort, folder))
     return LoadedCohort(cohort, None, None)
+
+
+def _glioma_targets(config: TrainConfig, cohort: Cohort, folder: Path) -> dict[str, ClassTarget]:
+    """The diagnosis and the grade where a task asks for them."""
+    from survfuse.data.glioma import glioma_diagnosis, glioma_grade
+
+    wanted = {task.target or name for name, task in class_tasks(config).items()}
+    found = {}
+    if "diagnosis" in wanted:
+        found["diagnosis"] = glioma_diagnosis(cohort)
+    if "grade" in wanted:
+        # a workbook of all of TCGA: seconds, so only for those who ask
+        found["grade"] = glioma_grade(cohort, folder / "tcga_cdr" / "outcome.xlsx")
+    return found
 
 
 def _survpath(config: TrainConfig, external: bool) -> LoadedCohort:
@@ -183,6 +206,7 @@ def _survpath(config: TrainConfig, external: bool) -> LoadedCohort:
         metadata=folder / f"tcga_{data.cohort}.csv",
         rows=config.protocol.rows,
         tables=data.tables,
+        exclude=data.exclude,
         endpoint=data.endpoint,
         missing_outcome="keep" if external else "drop",
         bags=_bag_path(data),

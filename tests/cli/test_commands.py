@@ -152,7 +152,7 @@ def test_the_exit_code_tells_bad_input_from_a_failure(
         raise error
 
     monkeypatch.setattr("survfuse.cli.pack.pack", fail)
-    monkeypatch.setattr("survfuse.cli.evaluate._load", fail)
+    monkeypatch.setattr("survfuse.cli.evaluate._check_runs", fail)
     assert call(command, "x", "--out", "y") == code
     err = capsys.readouterr().err
     assert err.startswith("error: ")

@@ -76,6 +76,7 @@ def test_what_is_unknown_is_named(
         (["--what", "atention"], "did you mean 'attention'"),
         (["--patients", "SIM-1"], "unknown patient 'SIM-1'"),
         (["--top", -1], "top is -1"),
+        (["--task", "survive"], "did you mean 'survival'"),
     ):
         assert call("explain", run, "-o", out, *words) == 2
         assert message in capsys.readouterr().err

@@ -108,7 +108,7 @@ def test_a_truncated_checkpoint_says_what_to_do(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
     torch.save({"format": 99}, tmp_path / "c.pt")
-    with pytest.raises(CheckpointError, match="format 99; this version reads format 1"):
+    with pytest.raises(CheckpointError, match="format 99; this version reads format 2"):
         load_checkpoint(tmp_path / "c.pt")
 
 
@@ -122,7 +122,7 @@ def test_nothing_in_a_checkpoint_is_executed(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(
-        {"format": 1, "x": _Evil()}, tmp_path / "c.pt", pickle_protocol=pickle.HIGHEST_PROTOCOL
+        {"format": 2, "x": _Evil()}, tmp_path / "c.pt", pickle_protocol=pickle.HIGHEST_PROTOCOL
     )
     with pytest.raises(CheckpointError):
         load_checkpoint(tmp_path / "c.pt")

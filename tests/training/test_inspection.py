@@ -12,6 +12,7 @@ import torch
 from training_cases import given_split, small_cohort, small_config
 
 from survfuse.data.modalities import TableModality
+from survfuse.data.targets import ClassTarget
 from survfuse.models.base import FusionModel
 from survfuse.training import explain, fit, predict
 from survfuse.training.config_files import load_config
@@ -167,3 +168,65 @@ def test_a_cohort_that_shares_nothing_with_the_models_is_refused(run: Path, coho
     renamed = dataclasses.replace(cohort, modalities={"omics": cohort.modalities["genes"]})
     with pytest.raises(ValueError, match="the model reads genes, slides, and it must have one"):
         predict(run, renamed)
+
+
+def test_every_task_can_be_explained_and_classes_alone_too(cohort, tmp_path: Path) -> None:
+    kind = np.where(np.arange(60) % 2, "b", "a")
+    whole = dataclasses.replace(
+        cohort,
+        covariates=cohort.covariates.assign(kind=kind),
+        targets={"grade": ClassTarget(np.arange(60) % 3, ("G1", "G2", "G3"), True)},
+    )
+    tasks = {"grade": {"kind": "ordinal"}, "dx": {"kind": "classes", "target": "kind"}}
+    config = small_config(
+        model={"name": "mean_pool", "settings": {"width": 4}},
+        tasks=tasks,
+        training={"epochs": 1, "batch_size": 16},
+    )
+    fit(config, tmp_path / "run", cohort=whole, split=given_split())
+    what = ["modality_effect", "gradient"]
+    levels = explain(tmp_path / "run", cohort=whole, what=what)
+    assert set(levels["group"]) == {""}
+    names = ["grade_G1", "grade_G2", "grade_G3"]
+
+    def expected(given) -> pd.Series:
+        scored = predict(tmp_path / "run", given).set_index("unit_id")
+        return (scored[names] * [0, 1, 2]).sum(axis=1)
+
+    change = expected(whole) - expected(whole.only(["genes"]))
+    effects = levels[levels["kind"] == "modality_effect"].set_index(["modality", "unit_id"])
+    found = effects.loc["slides"]["value"]
+    np.testing.assert_allclose(found, change[found.index], atol=1e-6)
+    classes = explain(tmp_path / "run", cohort=whole, what=what, task="dx")
+    assert set(classes["group"]) == {"a", "b"}
+    # two probabilities sum to 1, so their changes and gradients to 0
+    sums = classes.groupby(["kind", "unit_id", "modality", "item"])["value"].sum()
+    np.testing.assert_allclose(sums, 0, atol=1e-6)
+    with pytest.raises(ValueError, match=r"unknown task 'grad'.*did you mean 'grade'"):
+        explain(tmp_path / "run", cohort=whole, task="grad")
+    scores = external_scores(predict(tmp_path / "run", whole))
+    assert scores.concordance == {}
+    assert list(scores.patients.columns) == [
+        *("patient_id", "time", "event", *names, "dx_a", "dx_b", "models"),
+    ]
+    np.testing.assert_allclose(scores.patients[["dx_a", "dx_b"]].sum(axis=1), 1)
+    assert trained_on(tmp_path / "run", {"P-000", "P-059"}) == {"P-000"}
+
+
+def test_survival_is_explained_wherever_it_stands_among_the_tasks(cohort, tmp_path: Path) -> None:
+    tasks = {"sex": {"kind": "classes", "target": "is_female"}, "os": {"kind": "survival"}}
+    config = small_config(
+        model={"name": "mean_pool", "settings": {"width": 4}},
+        tasks=tasks,
+        training={"epochs": 1, "batch_size": 16},
+        evaluation={"missing": ["only:genes"]},
+    )
+    fit(config, tmp_path / "run", cohort=cohort, split=given_split())
+    frame = explain(tmp_path / "run", cohort=cohort, what=["modality_effect"])
+    effects = frame.set_index(["modality", "unit_id"])["value"]["slides"]
+    risk = predict(tmp_path / "run", cohort).set_index("unit_id")["risk"]
+    without = predict(tmp_path / "run", cohort.only(["genes"])).set_index("unit_id")["risk"]
+    np.testing.assert_allclose(effects, (risk - without)[effects.index], atol=1e-5)
+    assert (tmp_path / "run/missing/only-genes/predictions.csv").is_file()
+    unknown = dataclasses.replace(cohort, time=np.full(60, np.nan), unknown_outcome=True)
+    assert (predict(tmp_path / "run", unknown)["sex_1"] >= 0).all()

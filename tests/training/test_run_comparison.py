@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from training_cases import small_config
 
@@ -13,6 +14,7 @@ from survfuse.models.mean_pool import MeanPoolConfig
 from survfuse.training import ConfigError, compare_runs, load_config
 from survfuse.training.run_comparison import ablation_configs, model_configs
 from survfuse.training.run_folder import RunFolderError
+from survfuse.training.tasks import with_targets
 
 SIZES = {"n_train": 24, "n_inner": 0, "n_test": 16}
 
@@ -121,3 +123,66 @@ def test_an_ablation_is_settings_by_name(tmp_path: Path, monkeypatch: pytest.Mon
         ablation_configs(config(), ["wet"])
     done = compare_runs(ablation_configs(config(), ["full", "dry"]), tmp_path / "out")
     assert done.comparison.models == ("full (mean_pool)", "dry (mean_pool)")
+
+
+SEX = {"sex": {"kind": "classes", "target": "is_female"}}
+SURVIVAL = {"survival": {"kind": "survival"}}
+
+
+def with_sex(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Simulated patients have a sex, as a task without survival needs; counts what is read."""
+    from survfuse.training import run_comparison, sources
+
+    read = []
+
+    def load(given, *, external: bool = False):
+        loaded = sources._simulated(given)
+        cohort = loaded.cohort
+        sex = cohort.covariates.assign(is_female=np.arange(len(cohort)) % 2)
+        cohort = dataclasses.replace(cohort, covariates=sex)
+        read.append(len(cohort))
+        return loaded._replace(cohort=with_targets(given, cohort))
+
+    monkeypatch.setattr(run_comparison, "load_cohort", load)
+    return read
+
+
+def test_class_tasks_come_beside_survival_or_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = with_sex(monkeypatch)
+    both = config(tasks={**SURVIVAL, **SEX})
+    found = compare_runs(model_configs(both, ["mean_pool", "clinical_cox"]), tmp_path / "both")
+    # regression knows survival only, and is fitted on the cohort that was read
+    assert read == [40]
+    assert [report.model for report in found.class_reports["sex"]] == ["mean_pool"]
+    assert len(found.comparison.pairs) == 1
+    text = (tmp_path / "both/compare.md").read_text()
+    assert "# Differences in Harrell's C" in text
+    assert "# sex" in text
+    alone = config(tasks=SEX)
+    runs = model_configs(alone, ["mean_pool", "mean_pool:default"])
+    found = compare_runs(runs, tmp_path / "sex")
+    assert found.comparison is None
+    assert found.reports == []
+    assert len(found.class_reports["sex"]) == 2
+    text = (tmp_path / "sex/compare.md").read_text()
+    assert "Harrell" not in text
+    assert "* simulated cohort: not patients" in text
+    assert (tmp_path / "sex/compare.csv").read_text().count("sex_auc") == 2
+    again = compare_runs(runs, tmp_path / "sex", resume=True)
+    assert again.class_reports == found.class_reports
+    with pytest.raises(ConfigError, match="a predicts survival and b does not"):
+        compare_runs({"b": alone, "a": config()}, tmp_path / "no")
+    with pytest.raises(ConfigError, match='"clinical_cox": clinical_cox knows survival only'):
+        model_configs(alone, ["mean_pool", "clinical_cox"])
+
+
+def test_other_classes_of_a_task_are_no_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_sex(monkeypatch)
+    swapped = {"sex": {"kind": "classes", "target": "is_female", "classes": ["1", "0"]}}
+    runs = {"a": config(tasks=SEX), "b": config(tasks=swapped)}
+    with pytest.raises(ConfigError, match="a and b have other classes of task sex"):
+        compare_runs(runs, tmp_path / "out")

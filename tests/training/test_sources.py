@@ -139,3 +139,12 @@ def test_real_slides_go_all_the_way_through(shared_data: Path, tmp_path: Path) -
     risk = np.concatenate([fold.test.risk for fold in result.predictions.folds])
     assert np.isfinite(risk).all()
     assert risk.std() > 0
+
+
+def test_classes_of_patients_to_be_scored_are_not_read() -> None:
+    config = small_config(
+        data={"simulation": SIZES}, tasks={"dx": {"kind": "classes", "target": "nowhere"}}
+    )
+    with pytest.raises(ConfigError, match=r"tasks\.dx\.target"):
+        load_cohort(config)
+    assert load_cohort(config, external=True).cohort.targets == {}

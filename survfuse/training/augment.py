@@ -1,0 +1,77 @@
+"""Random changes to training batches that a model must not care about."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from survfuse.batch import BagBatch, Batch, Modality, TableBatch
+from survfuse.ragged import Ragged
+from survfuse.training.config import AugmentConfig
+
+
+def augment(batch: Batch, settings: AugmentConfig) -> Batch:
+    """The batch with patches and columns left out and slides shifted, drawn anew at every call.
+
+    Random numbers come from torch's global generators, so that a resumed run draws what an
+    undisturbed one would have.
+
+    Args:
+        batch: of training rows.
+        settings: how much of what.
+    """
+    inputs = {name: _augmented(modality, settings) for name, modality in batch.inputs.items()}
+    return batch._replace(inputs=inputs)
+
+
+def _augmented(modality: Modality, settings: AugmentConfig) -> Modality:
+    if isinstance(modality, TableBatch) and settings.table_dropout:
+        # the remaining columns grow, so that sums over them keep their size
+        values = torch.nn.functional.dropout(modality.values, settings.table_dropout)
+        return modality._replace(values=values)
+    if isinstance(modality, BagBatch):
+        if settings.patch_dropout:
+            modality = drop_patches(modality, settings.patch_dropout)
+        if settings.slide_shift:
+            modality = _shifted(modality, settings.slide_shift)
+    return modality
+
+
+def drop_patches(batch: BagBatch, fraction: float) -> BagBatch:
+    """Each bag without a random `fraction` of its patches; at least one of them stays."""
+    ragged = batch.ragged
+    bag = _bag_of_rows(ragged)
+    place = torch.arange(ragged.total, device=bag.device)
+    starts = ragged.lengths.cumsum(0) - ragged.lengths
+    row = ragged.starts[bag] + place - starts[bag]
+    # in random order within each bag: bags ascend, and half of a draw never passes to the next
+    draw = torch.rand(ragged.total, device=bag.device, dtype=torch.float64)
+    order = (bag + 0.5 * draw).argsort()
+    kept = (ragged.lengths * (1.0 - fraction)).ceil().long().clamp(min=1).minimum(ragged.lengths)
+    chosen = order[place - starts[bag] < kept[bag]].sort().values
+    row = row[chosen]
+    coords = None if batch.coords is None else batch.coords[row]
+    ragged = Ragged.from_lengths(kept)
+    return batch._replace(features=batch.features[row], ragged=ragged, coords=coords)
+
+
+def _shifted(batch: BagBatch, size: float) -> BagBatch:
+    """Every patch of a bag moved by one random vector, as another scanner or stain would."""
+    ragged, features = batch.ragged, batch.features
+    if ragged.total == 0:
+        return batch
+    bag = _bag_of_rows(ragged)
+    starts = ragged.lengths.cumsum(0) - ragged.lengths
+    row = ragged.starts[bag] + torch.arange(ragged.total, device=bag.device) - starts[bag]
+    rows = features[row]
+    # in units of the spread of each feature over the patches of the batch
+    spread = rows.float().std(0, correction=0)
+    shift = torch.randn(ragged.n_bags, features.shape[1], device=features.device)
+    shift = (size * shift * spread).to(features.dtype)
+    coords = None if batch.coords is None else batch.coords[row]
+    return batch._replace(features=rows + shift[bag], ragged=ragged.packed(), coords=coords)
+
+
+def _bag_of_rows(ragged: Ragged) -> Tensor:
+    bags = torch.arange(ragged.n_bags, device=ragged.lengths.device)
+    return bags.repeat_interleave(ragged.lengths, output_size=ragged.total)

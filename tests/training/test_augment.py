@@ -1,0 +1,100 @@
+"""Random changes to training batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from training_cases import given_split, small_cohort, small_config
+
+from survfuse import Ragged
+from survfuse.batch import BagBatch, Batch, TableBatch
+from survfuse.training import fit
+from survfuse.training.augment import augment, drop_patches
+from survfuse.training.config import AugmentConfig
+
+
+def bags(lengths: list[int]) -> BagBatch:
+    # stored with a gap in front, coordinates tell the rows
+    ragged = Ragged.from_lengths(lengths)
+    ragged = ragged._replace(starts=ragged.starts + 3)
+    n = sum(lengths) + 3
+    features = torch.arange(n * 2.0).view(n, 2)
+    return BagBatch(features, ragged, ragged.lengths > 0, torch.arange(n * 2).view(n, 2))
+
+
+def batch() -> Batch:
+    inputs = {"slides": bags([40, 0, 1]), "genes": TableBatch(torch.ones(3, 50), torch.ones(3) > 0)}
+    rest = torch.zeros(3)
+    return Batch(inputs, rest, rest > 0, rest.long(), rest.long())
+
+
+def test_each_bag_keeps_its_share_of_distinct_patches_of_its_own() -> None:
+    given = bags([40, 0, 1, 10])
+    found = drop_patches(given, 0.75)
+    assert found.ragged.lengths.tolist() == [10, 0, 1, 3]
+    rows = found.coords[:, 0] // 2
+    torch.testing.assert_close(found.features[:, 0], rows * 2.0)
+    parts = rows.split(found.ragged.lengths.tolist())
+    ranges = zip(given.ragged.starts.tolist(), given.ragged.lengths.tolist())
+    for part, (start, length) in zip(parts, ranges):
+        assert part.unique().numel() == part.numel()
+        assert all(start <= row < start + length for row in part.tolist())
+    # every patch is as likely as any other
+    counts = torch.zeros(54)
+    for _ in range(400):
+        counts[drop_patches(given, 0.75).coords[:, 0] // 2] += 1
+    assert counts[3:43].min() > 60
+    assert counts[3:43].max() < 145
+
+
+def test_a_slide_moves_as_a_whole_and_tables_lose_columns() -> None:
+    given = batch()
+    changed = augment(given, AugmentConfig(slide_shift=0.5, table_dropout=0.4))
+    slides, before = changed.inputs["slides"], given.inputs["slides"].features[3:]
+    moved = slides.features - before
+    torch.testing.assert_close(moved[:40], moved[:1].expand(40, -1), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(moved[0], moved[40])
+    assert slides.ragged.lengths.tolist() == [40, 0, 1]
+    values = changed.inputs["genes"].values
+    assert set(values.unique().tolist()) == {0.0, float(torch.tensor(1 / 0.6))}
+    assert 30 < int((values == 0).sum()) < 90
+
+
+def test_nothing_asked_changes_nothing() -> None:
+    given = batch()
+    same = augment(given, AugmentConfig())
+    assert all(same.inputs[name] is given.inputs[name] for name in given.inputs)
+
+
+def test_empty_bags_and_other_types() -> None:
+    settings = AugmentConfig(patch_dropout=0.5, slide_shift=1.0)
+    given = batch()
+    empty = given._replace(inputs={"slides": bags([0, 0])})
+    assert augment(empty, settings).inputs["slides"].ragged.total == 0
+    half = bags([4, 2])
+    half = half._replace(features=half.features.bfloat16(), coords=None)
+    found = augment(given._replace(inputs={"slides": half}), settings).inputs["slides"]
+    assert found.features.dtype == torch.bfloat16
+    assert found.coords is None
+
+
+@pytest.mark.parametrize("name", ["table_dropout", "patch_dropout"])
+def test_training_differs_and_testing_does_not_draw(tmp_path: Path, name: str) -> None:
+    config = small_config(training={"augment": {name: 0.5}})
+    risks = []
+    for number, settings in enumerate((config, small_config(), config)):
+        result = fit(settings, tmp_path / str(number), cohort=small_cohort(), split=given_split())
+        risks.append(result.predictions.folds[0].test.risk)
+    assert not np.array_equal(risks[0], risks[1])
+    np.testing.assert_array_equal(risks[0], risks[2])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("table_dropout", 1.0), ("patch_dropout", -0.1), ("slide_shift", -1.0)]
+)
+def test_wrong_amounts_are_named(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"training\.augment\.{name} is {value}"):
+        small_config(training={"augment": {name: value}})
