@@ -31,6 +31,7 @@ NEUTRAL = {
     "position_bias": {"ragged"},
     "batch": {"ragged"},
     "grid": {"ragged"},
+    "patch_cells": set(),
     "extras": set(),
     "outcomes": set(),
     "baseline_hazard": {"outcomes"},

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,39 +11,33 @@ from torch.nn import functional
 
 from survfuse.grid import GridIndex
 from survfuse.layers.deformable_parts import (
+    DeformableAttended,
     PositionMLP,
+    attend_ragged,
     check_inputs,
     check_map,
     check_options,
+    check_points,
+    check_released,
     check_sizes,
+    full_grid,
     normalise,
+    normalised_places,
     packed_rows,
     places,
     project,
     project_groups,
+    sample_dense,
+    sample_ragged,
+    sampled_cells,
 )
 from survfuse.layers.deformable_released import read_released
-from survfuse.layers.sparse_convolution import CoarseCells, coarse_cells, convolve_patches
-from survfuse.ops import position_biased_attention, sample_bag
+from survfuse.layers.sparse_convolution import coarse_cells, convolve_patches
+from survfuse.ops import position_biased_attention
 from survfuse.ops.checks import check_size
 from survfuse.ops.registration import autocast_off
 from survfuse.pooling import accumulation_type
 from survfuse.ragged import Ragged
-
-
-class DeformableAttended(NamedTuple):
-    """What `DeformableCrossAttention` returns.
-
-    Attributes:
-        tokens: [B, h w, dim], or packed [total, dim] for ragged bags.
-        points: where each group sampled: [B, G, M, 2], or packed [P, G, 2]; (x, y) in cells of the
-            coarse grid, base grid included. fp32 (fp64).
-        point_ragged: the points of each ragged bag; None for dense maps.
-    """
-
-    tokens: Tensor
-    points: Tensor
-    point_ragged: Ragged | None
 
 
 class DeformableCrossAttention(nn.Module):
@@ -231,24 +225,51 @@ class DeformableCrossAttention(nn.Module):
             ragged: the ranges of rows that the grid was made for; None is one bag of all rows.
 
         Returns:
-            DeformableAttended(tokens, points, point_ragged). Bags differ in the number of their
-            points, so the attention of ragged bags is computed bag by bag; all else at once. The
-            host waits for the device to learn those numbers.
+            DeformableAttended(tokens, points, point_ragged, offsets). Bags differ in the number of
+            their points: the attention of those with equally many is computed at once.
+            The host waits for the device to learn those numbers.
 
         Raises:
             TypeError, ValueError: an argument has the wrong type or shape, or does not go with the
                 others; it is named.
         """
         check_inputs(query, context, self.to_out.weight, shape, grid, ragged)
-        if grid is None:
-            return self._dense(query, context, *shape)
-        if self.released:
-            raise ValueError(
-                "grid is given and released=True; the released arithmetic is one of dense maps"
-            )
-        if ragged is None:
-            ragged = Ragged.from_lengths([query.shape[0]], device=query.device)
-        return self._sparse(query, context, grid, ragged)
+        out, *where = self._call(query, context, shape, grid, ragged)
+        return DeformableAttended(project(self.to_out, out), *where)
+
+    @torch.no_grad()
+    def received(
+        self,
+        query: Tensor,
+        context: Tensor,
+        *,
+        shape: tuple[int, int] | None = None,
+        grid: GridIndex | None = None,
+        ragged: Ragged | None = None,
+    ) -> Tensor:
+        """How much attention each patch of the context receives, without dropout.
+
+        The weight that tokens give to a point goes to the patches around it, in the shares in which
+        bilinear sampling reads them; what lies on no patch is lost, so that a bag sums to 1 at
+        most. Pairs are never held: weights are the gradient of what they sum. Arguments and errors
+        are those of `forward`.
+
+        Returns:
+            [B, h w] for dense maps, else [T]: means over the tokens of a bag and the heads, and
+            where bags share a row, the sum over the bags.
+        """
+        check_inputs(query, context, self.to_out.weight, shape, grid, ragged)
+        with torch.enable_grad():
+            # one channel per group of points, since each samples at places of its own
+            shares = query.new_zeros((*query.shape[:-1], self.offset_groups), requires_grad=True)
+            out, *_ = self._call(query.detach(), context.detach(), shape, grid, ragged, shares)
+            lengths: int | Tensor = out.shape[-2]
+            if ragged is not None:
+                each = ragged.lengths.repeat_interleave(ragged.lengths, output_size=len(out))
+                lengths = each[:, None]
+            weights = torch.ones_like(out) / (self.heads * lengths)
+            (received,) = torch.autograd.grad(out, shares, weights)
+        return received.sum(-1)
 
     def sampled_cells(self, points: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
         """Where points lie on the map: (x, y) in patches, as `survfuse.ops.sample_bag` counts.
@@ -260,30 +281,36 @@ class DeformableCrossAttention(nn.Module):
         Raises:
             TypeError, ValueError: `points` has the wrong type or shape, or no `shape` is given.
         """
-        if not isinstance(points, Tensor):
-            raise TypeError(f"points is {type(points).__name__}; it must be a tensor")
-        if points.shape[-1:] != (2,):
-            raise ValueError(f"points has shape {tuple(points.shape)}; it must be [..., 2]")
-        if not self.released:
-            # the centre of a coarse cell is that of its patches
-            return points * self.downsample + (self.downsample - 1) / 2
-        check_map(shape)
-        height, width = shape
-        rows, columns = height // self.downsample, width // self.downsample
-        x, y = points.unbind(-1)
-        x, y = x * (width / max(rows - 1, 1)), y * (height / max(columns - 1, 1))
-        return torch.stack([x, y], -1) - 0.5
+        check_points(points)
+        if self.released:
+            check_map(shape)
+        return sampled_cells(points, self.downsample, shape if self.released else None)
 
-    def _dense(self, query: Tensor, context: Tensor, height: int, width: int) -> DeformableAttended:
-        n_bags, n_tokens = query.shape[:2]
+    def _call(
+        self,
+        query: Tensor,
+        context: Tensor,
+        shape: tuple[int, int] | None,
+        grid: GridIndex | None,
+        ragged: Ragged | None,
+        shares: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Ragged | None, Tensor]:
+        """What heads put out, points, their ranges, offsets; values are `shares` if given."""
+        if self.released:
+            check_released(shape, self.downsample)
+        if grid is None:
+            return self._dense(query, context, *shape, shares)
+        if ragged is None:
+            ragged = Ragged.from_lengths([query.shape[0]], device=query.device)
+        return self._sparse(query, context, grid, ragged, shares)
+
+    def _dense(
+        self, query: Tensor, context: Tensor, height: int, width: int, shares: Tensor | None
+    ) -> tuple[Tensor, Tensor, None, Tensor]:
+        n_bags = query.shape[0]
         q = project(self.to_q, query)
         maps = q.unflatten(2, (self.offset_groups, -1)).permute(0, 2, 3, 1)
         maps = maps.reshape(n_bags * self.offset_groups, maps.shape[2], height, width)
-        if self.released and min(height, width) < self.downsample:
-            raise ValueError(
-                f"shape is {(height, width)}; released=True needs at least downsample = "
-                f"{self.downsample} patches along each side"
-            )
         if not self.released:
             # patches that fill no coarse cell get one all the same
             beyond = (0, -width % self.downsample, 0, -height % self.downsample)
@@ -291,15 +318,16 @@ class DeformableCrossAttention(nn.Module):
         hidden = self.to_offsets[0](maps)
         rows, columns = hidden.shape[2:]
         hidden = hidden.flatten(2).mT.unflatten(0, (n_bags, self.offset_groups))
-        points = places(rows, columns, hidden.device) + self._offsets(hidden)
+        offsets = self._offsets(hidden)
+        points = places(rows, columns, hidden.device) + offsets
 
-        cell = torch.arange(n_bags * n_tokens, dtype=torch.int32, device=query.device)
-        first = torch.arange(n_bags + 1, device=query.device) * n_tokens
-        shapes = first.new_tensor([height, width]).expand(n_bags, 2)
-        grid = GridIndex(cell, first, shapes)
+        grid = full_grid(n_bags, height, width, query.device)
         place = self.sampled_cells(points, (height, width))
-        samples = self._sample(context.flatten(0, 1), grid, place)  # [B, G, M, dim / G]
-        key, value = (project_groups(to, samples.transpose(1, 2)) for to in (self.to_k, self.to_v))
+        key, value = self._key_value(
+            context,
+            shares,
+            lambda rows: sample_dense(rows, grid, place, self.corners, self.backend),
+        )
         cells = places(height, width, query.device)
         if self.released:
             query_pos = normalise(cells.to(points.dtype), (height, width))
@@ -308,12 +336,22 @@ class DeformableCrossAttention(nn.Module):
             query_pos, key_pos = (
                 normalise(at, (width, height)) for at in (cells.to(points.dtype), place)
             )
-        out = self._attend(q, key, value, query_pos, key_pos)
-        return DeformableAttended(project(self.to_out, out), points, None)
+        dropped = self.training and shares is None
+        return (
+            self._attend(q, key, value, query_pos, key_pos, dropped=dropped),
+            points,
+            None,
+            offsets,
+        )
 
     def _sparse(
-        self, query: Tensor, context: Tensor, grid: GridIndex, ragged: Ragged
-    ) -> DeformableAttended:
+        self,
+        query: Tensor,
+        context: Tensor,
+        grid: GridIndex,
+        ragged: Ragged,
+        shares: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Ragged, Tensor]:
         cells = grid.cells(ragged)
         if bool((cells < 0).any()):
             at = int((cells < 0).any(1).nonzero()[0])
@@ -333,37 +371,22 @@ class DeformableCrossAttention(nn.Module):
             convolution.weight.flatten(1),
             convolution.bias,
         )
-        points = coarse.places[:, None] + self._offsets(hidden)
+        offsets = self._offsets(hidden)
+        points = coarse.places[:, None] + offsets
         place = self.sampled_cells(points)
-        samples = self._sample_ragged(context, grid, coarse, place)
-        key, value = (project_groups(to, samples) for to in (self.to_k, self.to_v))
-
-        lengths, counts = ragged.lengths.tolist(), coarse.ragged.lengths.tolist()
-        sides = zip(
-            *(tensor.split(lengths) for tensor in (q, cells)),
-            *(tensor.split(counts) for tensor in (key, value, place)),
-            grid.shapes.flip(1).tolist(),
-            strict=True,
+        key, value = self._key_value(
+            context,
+            shares,
+            lambda rows: sample_ragged(rows, grid, coarse, place, self.corners, self.backend),
         )
-        outs = [self._attend_bag(*bag) for bag in sides if bag[0].shape[0]]
-        if not outs:
-            # nothing attends, and all gradients are zeros rather than None
-            outs = [self._attend_bag(q, cells, key, value, place, (0, 0))]
-        return DeformableAttended(project(self.to_out, torch.cat(outs)), points, coarse.ragged)
 
-    def _attend_bag(
-        self,
-        q: Tensor,
-        cells: Tensor,
-        key: Tensor,
-        value: Tensor,
-        place: Tensor,
-        size: tuple[int, int],
-    ) -> Tensor:
-        """[N, H d] of one bag, whose map has `size` (width, height)."""
-        query_pos = normalise(cells.to(place.dtype), size)
-        key_pos = normalise(place.transpose(0, 1), size)[None]
-        return self._attend(q[None], key[None], value[None], query_pos, key_pos)[0]
+        query_pos, key_pos = normalised_places(grid, cells, place, ragged, coarse.ragged)
+        sides = (q, key, value, query_pos, key_pos)
+        dropped = self.training and shares is None
+        out = attend_ragged(
+            partial(self._attend, dropped=dropped), sides, ragged.packed(), coarse.ragged
+        )
+        return out, points, coarse.ragged, offsets
 
     def _offsets(self, hidden: Tensor) -> Tensor:
         """Offsets [..., 2] in coarse cells from what the convolution gave, [..., C]."""
@@ -374,33 +397,34 @@ class DeformableCrossAttention(nn.Module):
             out = functional.linear(hidden, self.to_offsets[2].weight.flatten(1).to(kind))
             return torch.tanh(out) * self.offset_scale
 
-    def _sample(self, context: Tensor, grid: GridIndex, place: Tensor) -> Tensor:
-        backend = "reference" if self.backend == "reference" else None
-        return sample_bag(context, grid, place, corners=self.corners, backend=backend)
-
-    def _sample_ragged(
-        self, context: Tensor, grid: GridIndex, coarse: CoarseCells, place: Tensor
-    ) -> Tensor:
-        """Samples [P, G, dim / G] at packed points, all bags at once.
-
-        Bags are filled up to the most points with NaN, which is sampled as nothing: one call has
-        one gradient of the context, where one call per bag would have as many, each [T, dim].
-        """
-        n_bags, counts = grid.n_bags, coarse.ragged.lengths
-        bag = torch.arange(n_bags, device=place.device).repeat_interleave(
-            counts, output_size=coarse.ragged.total
-        )
-        within = torch.arange(coarse.ragged.total, device=place.device)
-        within = within - coarse.ragged.starts[bag]
-        shape = (n_bags, coarse.ragged.max_length, *place.shape[1:])
-        padded = place.new_full(shape, torch.nan).index_put((bag, within), place)
-        return self._sample(context, grid, padded.transpose(1, 2))[bag, :, within]
+    def _key_value(
+        self, context: Tensor, shares: Tensor | None, sample: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Projected samples of the context; or in place of the values those of shares, by head."""
+        samples = sample(context)
+        key = project_groups(self.to_k, samples)
+        if shares is None:
+            return key, project_groups(self.to_v, samples)
+        shared = sample(shares)  # [..., G, 1]
+        each = (*shared.shape[:-1], self.heads // self.offset_groups)
+        return key, shared.expand(each).flatten(-2)
 
     def _attend(
-        self, q: Tensor, key: Tensor, value: Tensor, query_pos: Tensor, key_pos: Tensor
+        self,
+        q: Tensor,
+        key: Tensor,
+        value: Tensor,
+        query_pos: Tensor,
+        key_pos: Tensor,
+        ragged: Ragged | None = None,
+        *,
+        dropped: bool,
     ) -> Tensor:
-        """[B, Lq, H d] of projected [B, Lq, H d] and [B, M, H d]."""
-        q, key, value = (t.unflatten(2, (self.heads, self.dim_head)) for t in (q, key, value))
+        """[B, Lq, H dv] of projected [B, Lq, H d], [B, M, H d] and [B, M, H dv].
+
+        With `ragged`, queries are packed [T, H d] and so is what is returned.
+        """
+        q, key, value = (t.unflatten(-1, (self.heads, -1)) for t in (q, key, value))
         out = position_biased_attention(
             q,
             key,
@@ -408,9 +432,10 @@ class DeformableCrossAttention(nn.Module):
             query_pos,
             key_pos,
             self.rel_pos_bias.layers(),
+            query_ragged=ragged,
             bias=self.bias,
             table_size=self.table_size,
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=self.dropout if dropped else 0.0,
             backend=self.backend,
         )
-        return out.flatten(2)
+        return out.flatten(-2)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from survfuse.grid import GridIndex
+from survfuse.layers.sparse_convolution import CoarseCells
+from survfuse.ops import sample_bag
 from survfuse.ops.backends import check_backend
 from survfuse.ops.checks import (
     check_dropout,
@@ -22,6 +26,23 @@ from survfuse.ops.checks import (
 from survfuse.ops.position_bias import check_bias
 from survfuse.ops.sample_bag import check_corners, check_grid
 from survfuse.ragged import Ragged, check_ragged
+
+
+class DeformableAttended(NamedTuple):
+    """What `DeformableCrossAttention` returns.
+
+    Attributes:
+        tokens: [B, h w, dim], or packed [total, dim] for ragged bags.
+        points: where each group sampled: [B, G, M, 2], or packed [P, G, 2]; (x, y) in cells of the
+            coarse grid, base grid included. fp32 (fp64).
+        point_ragged: the points of each ragged bag; None for dense maps.
+        offsets: the points without the base grid, of the same shape.
+    """
+
+    tokens: Tensor
+    points: Tensor
+    point_ragged: Ragged | None
+    offsets: Tensor
 
 
 class PositionMLP(nn.Module):
@@ -72,6 +93,158 @@ def normalise(at: Tensor, size: tuple[int, int]) -> Tensor:
     )
 
 
+def normalised_places(
+    grid: GridIndex, cells: Tensor, place: Tensor, ragged: Ragged, points: Ragged
+) -> tuple[Tensor, Tensor]:
+    """Patches [total, 2] and points [P, G, 2] so that each bag's map reaches from -1 to 1.
+
+    Args:
+        grid: the maps.
+        cells: [total, 2] (x, y) of each packed patch.
+        place: [P, G, 2] of each point, in the same cells.
+        ragged, points: the patches and the points of each bag.
+    """
+    # (width, height) of every bag, no map narrower than two cells
+    size = (grid.shapes.flip(1) - 1).clamp(min=1).to(place.dtype)
+    bags = torch.arange(grid.n_bags, device=place.device)
+    of_patch = bags.repeat_interleave(ragged.lengths, output_size=ragged.total)
+    of_point = bags.repeat_interleave(points.lengths, output_size=points.total)
+    query_pos = 2.0 * cells.to(place.dtype) / size[of_patch] - 1.0
+    return query_pos, 2.0 * place / size[of_point, None] - 1.0
+
+
+def equal_counts(points: Ragged) -> list[tuple[Tensor, int]]:
+    """Bags that have equally many points, and how many; those without any are left out.
+
+    Waits for the device.
+    """
+    counts: dict[int, list[int]] = {}
+    for bag, count in enumerate(points.lengths.tolist()):
+        if count:
+            counts.setdefault(count, []).append(bag)
+    device = points.lengths.device
+    return [(torch.tensor(bags, device=device), count) for count, bags in counts.items()]
+
+
+def attend_ragged(
+    attend: Callable[..., Tensor], sides: tuple[Tensor, ...], ragged: Ragged, points: Ragged
+) -> Tensor:
+    """[total, H dv] of packed sides, all bags with equally many points at once.
+
+    Args:
+        attend: (q, key, value, query_pos, key_pos, ragged) to packed results; key, value and
+            key_pos [B, M, ...], [B, G, M, 2], the others as they are packed.
+        sides: q [total, H d], key [P, H d], value [P, H dv], query_pos [total, 2] and key_pos
+            [P, G, 2].
+        ragged, points: ranges of the patches and of the points of each bag.
+    """
+    q, key, value, query_pos, key_pos = sides
+    outs, rows = [], []
+    for bags, count in equal_counts(points):
+        at = points.starts[bags, None] + torch.arange(count, device=q.device)
+        some = Ragged.from_ranges(ragged.starts[bags], ragged.lengths[bags])
+        outs.append(attend(q, key[at], value[at], query_pos, key_pos[at].transpose(1, 2), some))
+        rows.append(rows_of(some))
+    if not outs:
+        # nothing attends, and all gradients are zeros rather than None
+        nobody = key_pos.new_zeros((1, key_pos.shape[1], 0, 2))
+        return attend(q[None], key[None], value[None], query_pos[None], nobody)[0]
+    if len(outs) == 1 and outs[0].shape[0] == q.shape[0]:
+        return outs[0]
+    out = torch.cat(outs)
+    return out.new_zeros(q.shape[0], out.shape[1]).index_copy(0, torch.cat(rows), out)
+
+
+def rows_of(ragged: Ragged) -> Tensor:
+    """[total] int64, the row of each patch of the bags, in batch order."""
+    bag = torch.arange(ragged.n_bags, device=ragged.lengths.device).repeat_interleave(
+        ragged.lengths, output_size=ragged.total
+    )
+    first = ragged.packed().starts
+    place = torch.arange(ragged.total, device=bag.device)
+    return place - first[bag] + ragged.starts[bag]
+
+
+def sample_dense(
+    rows: Tensor, grid: GridIndex, place: Tensor, corners: str, backend: str | None
+) -> Tensor:
+    """Samples [B, M, G, C / G] of maps [B, h w, C] at places [B, G, M, 2]."""
+    return _sample(rows.flatten(0, 1), grid, place, corners, backend).transpose(1, 2)
+
+
+def sample_ragged(
+    rows: Tensor,
+    grid: GridIndex,
+    coarse: CoarseCells,
+    place: Tensor,
+    corners: str,
+    backend: str | None,
+) -> Tensor:
+    """Samples [P, G, C / G] of packed bags [T, C] at places [P, G, 2], all bags at once.
+
+    Bags are filled up to the most points with NaN, which is sampled as nothing: one call has one
+    gradient of the rows, where one call per bag would have as many, each [T, C].
+    """
+    n_bags, counts = grid.n_bags, coarse.ragged.lengths
+    bag = torch.arange(n_bags, device=place.device).repeat_interleave(
+        counts, output_size=coarse.ragged.total
+    )
+    within = torch.arange(coarse.ragged.total, device=place.device)
+    within = within - coarse.ragged.starts[bag]
+    shape = (n_bags, coarse.ragged.max_length, *place.shape[1:])
+    padded = place.new_full(shape, torch.nan).index_put((bag, within), place)
+    return _sample(rows, grid, padded.transpose(1, 2), corners, backend)[bag, :, within]
+
+
+def _sample(
+    rows: Tensor, grid: GridIndex, place: Tensor, corners: str, backend: str | None
+) -> Tensor:
+    # other named backends are those of the attention
+    backend = "reference" if backend == "reference" else None
+    return sample_bag(rows, grid, place, corners=corners, backend=backend)
+
+
+def sampled_cells(points: Tensor, stride: int, released: tuple[int, int] | None) -> Tensor:
+    """(x, y) in patches of points in coarse cells; `released` is the shape of such a map."""
+    if released is None:
+        # the centre of a coarse cell is that of its patches
+        return points * stride + (stride - 1) / 2
+    height, width = released
+    x, y = points.unbind(-1)
+    x = x * (width / max(height // stride - 1, 1))
+    y = y * (height / max(width // stride - 1, 1))
+    return torch.stack([x, y], -1) - 0.5
+
+
+def check_released(shape: tuple[int, int] | None, downsample: int) -> None:
+    """Raise unless the released arithmetic can take the call: a dense map of some size."""
+    if shape is None:
+        raise ValueError(
+            "grid is given and released=True; the released arithmetic is one of dense maps"
+        )
+    if min(shape) < downsample:
+        raise ValueError(
+            f"shape is {tuple(shape)}; released=True needs at least downsample = {downsample} "
+            "patches along each side"
+        )
+
+
+def full_grid(n_bags: int, height: int, width: int, device: torch.device) -> GridIndex:
+    """The grids of dense maps whose patches lie one behind the other."""
+    n_cells = height * width
+    cell = torch.arange(n_bags * n_cells, dtype=torch.int32, device=device)
+    first = torch.arange(n_bags + 1, device=device) * n_cells
+    return GridIndex(cell, first, first.new_tensor([height, width]).expand(n_bags, 2))
+
+
+def check_points(points: Tensor) -> None:
+    """Raise unless these are points of a plane."""
+    if not isinstance(points, Tensor):
+        raise TypeError(f"points is {type(points).__name__}; it must be a tensor")
+    if points.shape[-1:] != (2,):
+        raise ValueError(f"points has shape {tuple(points.shape)}; it must be [..., 2]")
+
+
 def packed_rows(matrix: Tensor, ragged: Ragged) -> Tensor:
     """The rows [total, ...] of all bags in batch order; the matrix itself if it holds just these.
 
@@ -81,11 +254,7 @@ def packed_rows(matrix: Tensor, ragged: Ragged) -> Tensor:
     first = ends - ragged.lengths
     if ragged.total == matrix.shape[0] and torch.equal(ragged.starts, first):
         return matrix
-    bag = torch.arange(ragged.n_bags, device=matrix.device).repeat_interleave(
-        ragged.lengths, output_size=ragged.total
-    )
-    packed = torch.arange(ragged.total, device=matrix.device)
-    return matrix[packed - first[bag] + ragged.starts[bag]]
+    return matrix[rows_of(ragged)]
 
 
 def check_sizes(

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import pad
 
 from survfuse.grid import GridIndex
 from survfuse.pooling import accumulation_type
@@ -37,33 +36,32 @@ def coarse_cells(
         stride: patches along each side of a coarse cell.
         kernel_size: patches along each side of the kernel.
     """
-    device = grid.index.device
+    device, n_bags = grid.index.device, ragged.n_bags
     reach = (kernel_size - stride) // 2
+    bags = torch.arange(n_bags, device=device)
+    bag = bags.repeat_interleave(ragged.lengths, output_size=ragged.total)
+    # a number for every coarse cell of every bag, row by row
+    coarse_shapes = (grid.shapes + stride - 1) // stride
+    n_coarse = coarse_shapes.prod(1)
+    ends = n_coarse.cumsum(0)
+    x, y = (cells // stride).unbind(1)
+    held = ((ends - n_coarse)[bag] + y * coarse_shapes[bag, 1] + x).unique()
+    owner = torch.searchsorted(ends, held, right=True)
+    within, width = held - (ends - n_coarse)[owner], coarse_shapes[owner, 1]
+    places = torch.stack([within % width, within // width], 1)
+    counts = torch.bincount(owner, minlength=n_bags)
+    # the cells under the kernel at each of them
     tap = torch.arange(kernel_size, device=device)
-    shapes, lengths = grid.shapes.tolist(), ragged.lengths.tolist()
-    places = [torch.zeros((0, 2), dtype=torch.int64, device=device)]
-    neighbours = [torch.zeros((0, kernel_size**2), dtype=torch.int64, device=device)]
-    first, counts = 0, []
-    for (height, width), length in zip(shapes, lengths, strict=True):
-        number = torch.arange(first, first + length, device=device)
-        box = torch.full((height, width), -1, dtype=torch.int64, device=device)
-        x, y = cells[first : first + length].unbind(1)
-        box[y, x] = number
-        # whole coarse cells, and beyond them what the kernel reaches
-        box = pad(box, (0, -width % stride, 0, -height % stride), value=-1)
-        blocks = box.unflatten(1, (-1, stride)).unflatten(0, (-1, stride)) if length else box
-        held = (blocks >= 0).any(3).any(1) if length else box > 0
-        at = held.nonzero()
-        box = pad(box, (reach, reach, reach, reach), value=-1)
-        rows = at[:, 0, None] * stride + tap
-        columns = at[:, 1, None] * stride + tap
-        neighbours.append(box[rows[:, :, None], columns[:, None, :]].flatten(1))
-        places.append(at.flip(1))
-        counts.append(at.shape[0])
-        first += length
-    return CoarseCells(
-        torch.cat(places), torch.cat(neighbours), Ragged.from_lengths(counts, device=device)
-    )
+    seen = places[:, None] * stride - reach + torch.stack([tap, tap], 1)  # [P, K, 2]
+    columns, rows = seen[:, None, :, 0], seen[:, :, None, 1]
+    high, wide = (size[:, None, None] for size in grid.shapes[owner].unbind(1))
+    inside = (columns >= 0) & (columns < wide) & (rows >= 0) & (rows < high)
+    cell = grid.cell_offsets[owner][:, None, None] + rows * wide + columns
+    shown = grid.index[torch.where(inside, cell, 0)].long() if held.numel() else cell
+    # from rows of the matrix to packed patches
+    moved = (ragged.packed().starts - ragged.starts)[owner][:, None, None]
+    neighbours = torch.where(inside & (shown >= 0), shown + moved, -1).flatten(1)
+    return CoarseCells(places, neighbours, Ragged.from_lengths(counts))
 
 
 def convolve_patches(

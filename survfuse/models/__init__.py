@@ -1,6 +1,8 @@
 """Survival models, one family per stem."""
 
 from survfuse.models.abmil import ABMIL, ABMILConfig
+from survfuse.models.ammasurv import AMMASurv
+from survfuse.models.ammasurv_config import AMMASurvConfig
 from survfuse.models.base import FusionModel
 from survfuse.models.healnet import HEALNet
 from survfuse.models.healnet_config import HEALNetConfig
@@ -12,6 +14,8 @@ from survfuse.models.perceiver_config import PerceiverConfig
 from survfuse.models.registry import MODELS, model_class
 from survfuse.models.settings import ModalityConfig
 from survfuse.models.snn import SNN, SNNConfig
+from survfuse.models.subspace_config import SubspaceFusionConfig
+from survfuse.models.subspace_fusion import SubspaceFusion
 from survfuse.models.transmil import TransMIL, TransMILConfig
 
 __all__ = [
@@ -19,6 +23,8 @@ __all__ = [
     "MODELS",
     "SNN",
     "ABMILConfig",
+    "AMMASurv",
+    "AMMASurvConfig",
     "FusionModel",
     "HEALNet",
     "HEALNetConfig",
@@ -32,6 +38,8 @@ __all__ = [
     "Perceiver",
     "PerceiverConfig",
     "SNNConfig",
+    "SubspaceFusion",
+    "SubspaceFusionConfig",
     "TransMIL",
     "TransMILConfig",
     "model_class",

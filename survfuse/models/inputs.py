@@ -155,13 +155,16 @@ def _encode_bag(
             places = index_positions(ragged, dtype=_position_type(features))
         else:
             places = coordinate_positions(batch.coords, ragged)
-            _check_places(places, ragged, present)
+            check_places(places, ragged, present)
         features, ragged = append_channels(features, ragged, _encode(places, positions))
     return Tokens(features, ragged, present, (ragged.total,))
 
 
-def _check_places(places: Tensor, ragged: Ragged, present: Tensor) -> None:
-    """A slide without coordinates beside others that have them carries NaN."""
+def check_places(places: Tensor, ragged: Ragged, present: Tensor) -> None:
+    """Raise where a patch has no position, on the CPU.
+
+    A slide without coordinates beside others that have them carries NaN.
+    """
     if places.device.type != "cpu" or torch.compiler.is_compiling():
         return
     if bool(places.isnan().any()):

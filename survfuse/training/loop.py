@@ -190,7 +190,7 @@ def _step(state: _LoopState, window: list[np.ndarray]) -> None:
         batch = augment(task.prepared.batch(rows, device=task.device), config.training.augment)
         logits, auxiliary = forward(task.model, batch, config, task.device)
         losses = state.losses.of_batch(logits, batch)
-        _record_batch(state, rows, batch, losses, logits)
+        _record_batch(state, rows, losses, logits)
         share = len(rows) / n_rows
         total = share * (state.losses.total(losses) + auxiliary)
         if rows is window[-1] and config.loss.l1:
@@ -211,7 +211,6 @@ def _step(state: _LoopState, window: list[np.ndarray]) -> None:
 def _record_batch(
     state: _LoopState,
     rows: np.ndarray,
-    batch: Batch,
     losses: dict[str, Tensor],
     logits: dict[str, Tensor],
 ) -> None:
@@ -219,7 +218,7 @@ def _record_batch(
     config, progress = state.task.config, state.progress
     # one wait for the device, however many tasks
     values = torch.stack([loss.detach() for loss in losses.values()]).tolist()
-    for (name, n_rows), value in zip(state.losses.rows_of(batch).items(), values):
+    for (name, n_rows), value in zip(state.losses.rows_of(rows).items(), values):
         if not np.isfinite(value):
             raise _not_finite(state, rows, value, name)
         progress.add(name, value, n_rows)
@@ -250,12 +249,12 @@ def _end_of_epoch(state: _LoopState) -> dict[str, Any]:
             logits = predict_logits(task.model, task.prepared, task.validation, config, task.device)
         except TrainingError as error:
             raise TrainingError(f"{_where(task)}, epoch {progress.epoch}: {error}") from None
-        batch = _outcomes(task.prepared, task.validation)
-        losses = state.losses.of_batch(logits, batch)
+        outcomes = _outcomes(task.prepared, task.validation)
+        losses = state.losses.of_batch(logits, outcomes)
         means = {
             # without a row whose class is known there is no mean
             name: float(losses[name]) if n_rows else float("nan")
-            for name, n_rows in state.losses.rows_of(batch).items()
+            for name, n_rows in state.losses.rows_of(task.validation).items()
         }
         record.update(_recorded("validation", means, state.losses))
         for name, value in scores(logits, config, cohort, task.validation).items():

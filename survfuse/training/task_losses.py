@@ -45,6 +45,8 @@ class TaskLosses:
     ) -> None:
         self.config = config
         self.tasks = tasks_of(config)
+        # counted on the host, where nothing waits for a device
+        self._known = {name: target.known for name, target in prepared.cohort.targets.items()}
         self.weights: dict[str, Tensor | None] = {}
         for name, task in self.tasks.items():
             if task.kind == "survival":
@@ -69,13 +71,11 @@ class TaskLosses:
                 losses[name] = loss(logits[name], batch.targets[name], class_weights=weights)
         return losses
 
-    def rows_of(self, batch: Batch) -> dict[str, int]:
-        """How many rows of a batch each task's mean is over."""
+    def rows_of(self, rows: np.ndarray) -> dict[str, int]:
+        """How many of the cohort's rows `rows` each task's mean is over."""
         return {
-            name: len(batch.rows)
-            if task.kind == "survival"
-            else int((batch.targets[name] >= 0).sum())
-            for name, task in self.tasks.items()
+            name: int(self._known[name][rows].sum()) if name in self._known else len(rows)
+            for name in self.tasks
         }
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:

@@ -295,6 +295,48 @@ def test_no_bags_and_empty_bags() -> None:
     assert layer(*maps(4, 4, n_bags=0), shape=(4, 4)).tokens.shape == (0, 16, DIM)
 
 
+@pytest.mark.parametrize("released", [False, True])
+def test_received_attention_is_what_sampled_values_say(released: bool) -> None:
+    """A channel that marks one patch, carried by the values alone, tells the weight it gets."""
+    layer, shape = make_layer(released=released, offset_groups=4, dropout=0.5), (9, 11)
+    query, context = maps(*shape)
+    received = layer.received(query, context, shape=shape)
+    layer.eval()
+    with torch.no_grad():
+        # every head hands on its first channel, which reads the first of its group
+        layer.to_v.weight.zero_().view(4, 6, 4)[:, 0, 0] = 1.0
+        layer.to_out.weight.zero_().view(DIM, 4, 6)[0, :, 0] = 0.25
+        layer.to_out.bias.zero_()
+    for patch in (0, 40, 98):
+        # keys must not see the mark: only what the values read changes
+        key_weight = layer.to_k.weight.detach().clone()
+        layer.to_k.weight.data.view(24, 4)[:, 0] = 0.0
+        marked = context.detach().clone()
+        marked[..., ::4] = 0.0
+        marked[:, patch, ::4] = 1.0
+        expected = layer(query, marked, shape=shape).tokens[..., 0].mean(1)
+        same_keys = layer.received(query, marked, shape=shape)[:, patch]
+        torch.testing.assert_close(same_keys, expected)
+        layer.to_k.weight.data.copy_(key_weight)
+    assert float(received.sum(1).max()) <= 1.0 + 1e-9
+    assert float(received.min()) >= 0.0
+
+
+def test_received_attention_of_ragged_bags() -> None:
+    layer, ragged = make_layer(), Ragged.from_ranges([0, 60, 5], [60, 30, 0])
+    query, context, _ = sparse_bags()
+    place = torch.randperm(15 * 13)[:120]
+    coords = torch.stack([place % 15, place // 15], 1)
+    grid = ops.grid_index(coords, patch_size=1, ragged=ragged)
+    got = layer.received(query, context, grid=grid, ragged=ragged)
+    assert got.shape == (120,)
+    assert not got[90:].any()
+    for rows in (slice(0, 60), slice(60, 90)):
+        alone = ops.grid_index(coords[rows], patch_size=1)
+        one = layer.received(query[rows], context[rows], grid=alone)
+        torch.testing.assert_close(got[rows], one)
+
+
 def test_dense_maps_compile_as_one_graph() -> None:
     torch._dynamo.reset()
     layer = make_layer().float()

@@ -1,4 +1,4 @@
-"""Losses of classes and levels against their formulas, and rows whose class is unknown."""
+"""Losses of classes and levels against their formulas, and where labels are unknown."""
 
 from __future__ import annotations
 

@@ -1,0 +1,211 @@
+"""One branch of subspace fusion: patches and one list of genes, to a vector."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from survfuse.batch import Modality
+from survfuse.layers import (
+    DeformableAttended,
+    DeformableCrossAttention,
+    GatedAttentionPool,
+    SelfNormalizingNetwork,
+)
+from survfuse.layers.latent_attention import zero_gradients
+from survfuse.models.subspace_config import SubspaceFusionConfig
+from survfuse.models.subspace_layout import SlideLayout
+from survfuse.ops import pool_bag
+from survfuse.ops.project_bag import project_bag
+from survfuse.ragged import Ragged
+
+
+class BranchGenes(NamedTuple):
+    """The vector of a branch's genes."""
+
+    values: Tensor  # [B, dim]; the learned one where they are absent
+    present: Tensor  # [B] bool
+
+
+class BranchOutput(NamedTuple):
+    """What a branch makes of a batch."""
+
+    feature: Tensor  # [B, dim]
+    patches: Tensor | None  # [total, dim] projected, packed; None without any patch
+    attended: DeformableAttended | None
+
+
+class SubspaceBranch(nn.Module):
+    """Genes to a vector; patches fused with it, attending to points they choose; pooled.
+
+    Args:
+        config: of the model.
+        columns: of each table, the genes of this branch.
+    """
+
+    def __init__(
+        self, config: SubspaceFusionConfig, columns: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        super().__init__()
+        self.config, self.tables = config, list(columns)
+        for i, index in enumerate(columns.values()):
+            # which columns is part of the configuration, not of the weights
+            self.register_buffer(f"columns_{i}", torch.tensor(index), persistent=False)
+        dim, width = config.dim, config.modalities[config.bag].channels
+        self.genes = SelfNormalizingNetwork(
+            sum(map(len, columns.values())),
+            [*config.gene_widths, dim],
+            activation="elu",
+            dropout=config.gene_dropout,
+        )
+        self.absent_genes = nn.Parameter(torch.zeros(dim))
+        self.project = nn.Linear(width, dim)
+        self.absent_patch = nn.Parameter(torch.zeros(dim))
+        self.fuse = nn.Linear(2 * dim, dim)
+        self.attention_norm = nn.LayerNorm(dim)
+        self.attention = DeformableCrossAttention(
+            dim,
+            heads=config.heads,
+            dim_head=config.dim_head,
+            offset_groups=config.offset_groups,
+            downsample=config.downsample,
+            offset_scale=config.offset_scale,
+            kernel_size=config.kernel_size,
+            dropout=config.attention_dropout,
+            bias=config.bias,
+            table_size=config.table_size,
+            corners=config.corners,
+            released=config.released,
+            backend=config.backend,
+        )
+        self.norm = nn.LayerNorm(dim)
+        self.gated_pool = None
+        if config.pool == "attention":
+            self.gated_pool = GatedAttentionPool(dim, config.pool_width, backend=config.backend)
+        self.pooler = nn.Linear(dim, dim)
+        self.output = nn.Linear(dim, dim)
+
+    def encode_genes(self, inputs: Mapping[str, Modality], n_samples: int) -> BranchGenes:
+        """The vector of the genes, absent where every table of the branch is.
+
+        Columns of a table that is absent beside another that is not count as zeros, which for
+        standardised columns is their mean.
+        """
+        kind = self.project.weight
+        present = torch.zeros(n_samples, dtype=torch.bool, device=kind.device)
+        parts = []
+        for i, table in enumerate(self.tables):
+            columns = getattr(self, f"columns_{i}")
+            if table in inputs:
+                there = inputs[table].present  # [B]
+                # an absent row may hold anything: it is replaced before any product
+                part = torch.where(there[:, None], inputs[table].values[:, columns], 0.0)
+                present = present | there
+            else:
+                part = kind.new_zeros(n_samples, len(columns))
+            parts.append(part.to(kind.dtype))
+        values = self.genes(torch.cat(parts, 1)).relu()  # [B, dim]
+        return BranchGenes(torch.where(present[:, None], values, self.absent_genes), present)
+
+    def forward(self, bag: Tensor, slides: SlideLayout | None, genes: Tensor) -> BranchOutput:
+        """The branch's feature.
+
+        Without patches it is that of one patch of learned features that attends to nothing, so that
+        genes alone go the same way to the feature.
+
+        Args:
+            bag: [T, D].
+            slides: places of the patches; None if there are none.
+            genes: [B, dim].
+        """
+        alone = self.norm(self._of_patches(self.absent_patch) + self._of_genes(genes))  # [B, dim]
+        if slides is None:
+            alone = zero_gradients(alone, self._only_with_patches())
+            return BranchOutput(self._feature(alone), None, None)
+        patches = self.project_patches(bag, slides)  # [total, dim]
+        fused, sides, where = self._sides(patches, slides, genes)  # [n, cells, dim] if dense
+        attended = self.attention(*sides, **where)
+        pooled = self._pool_samples(self.norm(fused + attended.tokens), slides)  # [B, dim]
+        there = (slides.stored.lengths > 0)[:, None]
+        feature = self._feature(torch.where(there, pooled, alone))  # [B, dim]
+        return BranchOutput(feature, patches, attended)
+
+    def project_patches(self, bag: Tensor, slides: SlideLayout) -> Tensor:
+        """[total, dim] of the patches, each projected once."""
+        weight, bias = self.project.weight, self.project.bias
+        patches = project_bag(bag, weight, bias, ragged=slides.stored)
+        return patches.to(weight.dtype).relu()
+
+    def received(self, patches: Tensor, slides: SlideLayout, genes: Tensor) -> Tensor:
+        """The attention each patch receives, [total]; its sum over a slide is 1 (or 0)."""
+        _, sides, where = self._sides(patches, slides, genes)
+        received = self.attention.received(*sides, **where)
+        if slides.index is not None:
+            # what a repeated patch receives in all its cells
+            total = received.new_zeros(slides.packed.total)
+            received = total.index_add_(0, slides.index.flatten(), received.flatten())
+        return _shares(received, slides)
+
+    def _pool_samples(self, tokens: Tensor, slides: SlideLayout) -> Tensor:
+        """[B, dim] of tokens; what a sample without a slide gets is not used."""
+        if slides.index is None:
+            return self._pool(tokens, ragged=slides.packed)
+        rows = self._pool(tokens)  # [n, dim]
+        everyone = rows.new_zeros(slides.stored.n_bags, rows.shape[1])
+        return everyone.index_copy(0, slides.samples, rows)
+
+    def _sides(
+        self, patches: Tensor, slides: SlideLayout, genes: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], dict]:
+        """Fused tokens, what attends to what, and where both lie."""
+        of_genes = self._of_genes(genes)  # [B, dim]
+        if slides.index is None:
+            bags = slides.packed
+            of_genes = of_genes.repeat_interleave(bags.lengths, 0, output_size=bags.total)
+            where = {"grid": slides.grid, "ragged": bags}
+        else:
+            patches = patches[slides.index]  # [n, cells, dim]
+            of_genes = of_genes[slides.samples, None]  # [n, 1, dim]
+            where = {"shape": (self.config.map_side,) * 2}
+        fused = self._of_patches(patches) + of_genes
+        query, context = self.attention_norm(fused), self.attention_norm(patches)
+        # under autocast the patches are wider, which were projected outside of it
+        return fused, (query, context.to(query.dtype)), where
+
+    def _of_patches(self, patches: Tensor) -> Tensor:
+        """The patches' part of `W [patch, genes] + b`; no pair of both is ever formed."""
+        return functional.linear(patches, self.fuse.weight[:, : self.config.dim])
+
+    def _of_genes(self, genes: Tensor) -> Tensor:
+        return functional.linear(genes, self.fuse.weight[:, self.config.dim :], self.fuse.bias)
+
+    def _pool(self, tokens: Tensor, ragged: Ragged | None = None) -> Tensor:
+        if self.gated_pool is not None:
+            return self.gated_pool(tokens, ragged)[:, 0]
+        if ragged is None:
+            return tokens.mean(1)
+        # a zero query gives every patch the same weight
+        query = tokens.new_zeros(ragged.n_bags, 1, tokens.shape[1])
+        return pool_bag(query, tokens, ragged=ragged, backend=self.config.backend).pooled[:, 0]
+
+    def _feature(self, pooled: Tensor) -> Tensor:
+        return self.output(torch.tanh(self.pooler(pooled)))  # [B, dim]
+
+    def _only_with_patches(self) -> list[Tensor]:
+        used = [self.project, self.attention_norm, self.attention]
+        used += [] if self.gated_pool is None else [self.gated_pool]
+        return [parameter for module in used for parameter in module.parameters()]
+
+
+def _shares(received: Tensor, slides: SlideLayout) -> Tensor:
+    """Divided by the sum over each bag; zeros where nothing was received."""
+    bags = slides.packed
+    bag = torch.arange(bags.n_bags, device=received.device).repeat_interleave(
+        bags.lengths, output_size=bags.total
+    )
+    sums = received.new_zeros(bags.n_bags).index_add_(0, bag, received)[bag]
+    return torch.where(sums > 0, received / torch.where(sums > 0, sums, 1.0), 0.0)

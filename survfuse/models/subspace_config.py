@@ -1,0 +1,235 @@
+"""Configuration and presets of subspace fusion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+from survfuse.models.gene_tokens import gene_groups
+from survfuse.models.settings import (
+    ModalityConfig,
+    check_choice,
+    check_flags,
+    check_integers,
+    check_number,
+    check_positive,
+    check_probabilities,
+    parse_modalities,
+    parse_outputs,
+)
+from survfuse.ops.backends import check_backend
+
+BRANCHES = ("tumor", "microenvironment")
+
+
+@dataclass(frozen=True)
+class SubspaceFusionConfig:
+    """Everything a `SubspaceFusion` is built from; `asdict` and the constructor round-trip.
+
+    Attributes:
+        modalities: by name: one bag, and one or more tables with the gene groups of the branches.
+        outputs: number of logits by task.
+        tumor, microenvironment: the gene groups each branch reads: "group", or "table/group" where
+            several tables have a group of that name. A table without groups is one of its own name.
+        dim: width of patches, genes and a branch's feature.
+        gene_widths: layers of a branch's self-normalising network before the last, which has `dim`.
+        gene_dropout: its alpha dropout.
+        heads, dim_head: heads of the deformable attention and their size.
+        offset_groups, downsample, offset_scale, kernel_size, bias, table_size, corners: as in
+            `survfuse.layers.DeformableCrossAttention`.
+        attention_dropout: probability with which one of its weights is dropped.
+        pool: "mean" over the patches (released), or "attention" (gated, of `pool_width` units).
+        layout: "grid" puts patches at their coordinates; "square" row by row on a nearly square map
+            of as many cells, whatever their coordinates; "fixed" on a dense map of `map_side` x
+            `map_side` (released), repeating the patches of a shorter bag and taking those of a
+            longer one at even distances.
+        without_coords: what layout "grid" does with a bag without coordinates: "error", or "square"
+            for that bag.
+        patch_size: distance between patches in the unit of the coordinates, the same for all
+            slides; None measures it in each bag, as the commonest step to the next patch in a row
+            or column.
+        map_side: of layout "fixed".
+        consistency: gene-guided consistency of the "offsets"; "released", on maps of one size, for
+            what the public code computes; "none" for no such loss.
+        consistency_weight: of each branch's loss.
+        released: the attention's arithmetic is that of the public code; with layout "fixed" only.
+        backend: of the operations; None for the fastest.
+
+    Raises:
+        ValueError: names the field, what it was and what it must be.
+    """
+
+    PRESETS: ClassVar[tuple[str, ...]] = ("paper", "released")
+
+    modalities: Mapping[str, ModalityConfig]
+    outputs: Mapping[str, int] = field(default_factory=lambda: {"survival": 4})
+    tumor: tuple[str, ...] = ("tumor",)
+    microenvironment: tuple[str, ...] = ("microenvironment",)
+    dim: int = 128
+    gene_widths: tuple[int, ...] = (64, 48, 32)
+    gene_dropout: float = 0.1
+    heads: int = 8
+    dim_head: int = 64
+    offset_groups: int | None = None
+    downsample: int = 4
+    offset_scale: float | None = None
+    kernel_size: int | None = None
+    attention_dropout: float = 0.1
+    bias: str = "exact"
+    table_size: int = 256
+    corners: str = "zero"
+    pool: str = "mean"
+    pool_width: int = 128
+    layout: str = "grid"
+    without_coords: str = "error"
+    patch_size: float | None = None
+    map_side: int = 50
+    consistency: str = "offsets"
+    consistency_weight: float = 0.5
+    released: bool = False
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "modalities", parse_modalities(self.modalities))
+        object.__setattr__(self, "outputs", parse_outputs(self.outputs))
+        self._check_groups()
+        lows = {"dim": 4, "heads": 1, "dim_head": 1, "downsample": 1, "pool_width": 1}
+        check_integers(self, lows | {"map_side": 1, "table_size": 2})
+        for name in ("offset_groups", "kernel_size"):
+            if getattr(self, name) is not None:
+                check_integers(self, {name: 1})
+        for name in ("offset_scale", "patch_size"):
+            if getattr(self, name) is not None:
+                check_positive(self, name)
+        check_probabilities(self, "gene_dropout", "attention_dropout")
+        check_choice(self, "bias", ("exact", "table"))
+        check_choice(self, "corners", ("zero", "renormalise"))
+        check_choice(self, "pool", ("mean", "attention"))
+        check_choice(self, "layout", ("grid", "square", "fixed"))
+        check_choice(self, "without_coords", ("error", "square"))
+        check_choice(self, "consistency", ("offsets", "released", "none"))
+        check_number(self, "consistency_weight")
+        if self.consistency_weight < 0:
+            raise ValueError(
+                f"consistency_weight is {self.consistency_weight}; it must be at least 0"
+            )
+        check_flags(self, "released")
+        check_backend(self.backend)
+        for name in ("released", "consistency"):
+            if getattr(self, name) in (True, "released") and self.layout != "fixed":
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r} with layout {self.layout!r}; the released "
+                    "arithmetic is one of maps of one size, layout 'fixed'"
+                )
+
+    def _check_groups(self) -> None:
+        for name in BRANCHES:
+            groups = getattr(self, name)
+            if isinstance(groups, str) or not all(isinstance(group, str) for group in groups):
+                raise ValueError(
+                    f"{name} is {groups!r}; it must be a tuple of names of gene groups"
+                )
+            object.__setattr__(self, name, tuple(groups))
+            if not groups:
+                raise ValueError(f"{name} is empty; it must name at least one gene group")
+        widths = self.gene_widths
+        if isinstance(widths, int) or not all(isinstance(w, int) and w > 0 for w in widths):
+            raise ValueError(f"gene_widths is {widths!r}; it must be a tuple of positive integers")
+        object.__setattr__(self, "gene_widths", tuple(widths))
+
+    @property
+    def bag(self) -> str:
+        """The one bag.
+
+        Raises:
+            ValueError: there is none, several, or a modality the model cannot read.
+        """
+        bags = [name for name, item in self.modalities.items() if item.kind == "bag"]
+        if len(bags) != 1:
+            raise ValueError(f"modalities holds the bags {bags}; subspace fusion reads exactly one")
+        for name, item in self.modalities.items():
+            if item.kind not in ("bag", "table"):
+                raise ValueError(
+                    f"modality {name!r} is of kind {item.kind!r}; subspace fusion reads one bag "
+                    "and tables"
+                )
+        return bags[0]
+
+    def gene_columns(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Columns of each table, by branch and table.
+
+        Checked where a model is built: a preset is made before its groups are set.
+
+        Raises:
+            ValueError: a branch names a group that no table or several have, or a table feeds no
+                branch.
+        """
+        groups = gene_groups(self.modalities)
+        found = {branch: self._columns(branch, groups) for branch in BRANCHES}
+        for table in dict.fromkeys(table for table, _, _ in groups):
+            if not any(table in columns for columns in found.values()):
+                raise ValueError(
+                    f"table {table!r} feeds no branch; leave it out, or name one of its gene "
+                    "groups in tumor or microenvironment"
+                )
+        return found
+
+    def _columns(
+        self, branch: str, groups: list[tuple[str, str, tuple[int, ...]]]
+    ) -> dict[str, tuple[int, ...]]:
+        columns: dict[str, dict[int, None]] = {}
+        for wanted in getattr(self, branch):
+            matches = [
+                (table, own)
+                for table, group, own in groups
+                if wanted in (group, f"{table}/{group}")
+            ]
+            if len(matches) != 1:
+                have = [f"{table}/{group}" for table, group, _ in groups]
+                what = "none" if not matches else "several"
+                raise ValueError(
+                    f"{branch} names the gene group {wanted!r}, which {what} of the tables has; "
+                    f"the groups are {have}. survfuse.data.subspaces gives a table groups named "
+                    "tumor and microenvironment"
+                )
+            table, own = matches[0]
+            # genes of two groups are read once, in the order in which they come
+            columns.setdefault(table, {}).update(dict.fromkeys(own))
+        return {table: tuple(own) for table, own in columns.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and dicts, as JSON and YAML hold them."""
+        return asdict(self)
+
+    @classmethod
+    def from_preset(
+        cls,
+        name: str,
+        *,
+        modalities: Mapping[str, ModalityConfig | tuple],
+        outputs: Mapping[str, int] | None = None,
+    ) -> SubspaceFusionConfig:
+        """The configuration of the paper's model, or of the released code.
+
+        Args:
+            name: "paper": the released sizes on slides at their true places, with the consistency
+                of offsets. "released": 50 x 50 maps of 2500 patches and the released arithmetic.
+            modalities: a `ModalityConfig` each, or (kind, channels) as `Cohort.channels()` gives.
+            outputs: number of logits by task; by default four time bins of "survival".
+
+        Raises:
+            ValueError: an unknown preset, or modalities that are not as above.
+        """
+        if name not in cls.PRESETS:
+            raise ValueError(f"name is {name!r}; it must be one of {list(cls.PRESETS)}")
+        outputs = {"survival": 4} if outputs is None else outputs
+        settings = {} if name == "paper" else RELEASED_ARITHMETIC
+        return cls(modalities, outputs, **settings)
+
+
+RELEASED_ARITHMETIC: dict[str, Any] = {
+    "layout": "fixed",
+    "consistency": "released",
+    "released": True,
+}
