@@ -20,6 +20,10 @@ COMMANDS = {
     "pack": ("survfuse.cli.pack", "pack_command", "many feature files into one fast store"),
     "train": ("survfuse.cli.train", "train_command", "train and test a model as a file says"),
     "evaluate": ("survfuse.cli.evaluate", "evaluate_command", "report on runs and compare them"),
+    "compare": ("survfuse.cli.compare", "compare_command", "several models on one cohort"),
+    "ablate": ("survfuse.cli.compare", "ablate_command", "every variant of a model's ablation"),
+    "predict": ("survfuse.cli.predict", "predict_command", "a run on patients it has never seen"),
+    "explain": ("survfuse.cli.explain", "explain_command", "what the models of a run look at"),
     "bench": ("survfuse.cli.bench", "bench_command", "the kernels against others, on this machine"),
     "demo": ("survfuse.cli.demo", "demo_command", "everything once, on a simulated cohort"),
 }

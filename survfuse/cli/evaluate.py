@@ -55,7 +55,7 @@ def evaluate_command(
     if as_json:
         print(json.dumps(found, indent=2, allow_nan=False))
     else:
-        _print_markdown("\n".join(text))
+        print_markdown("\n".join(text))
 
 
 def _survival(
@@ -67,10 +67,10 @@ def _survival(
 ) -> str:
     """Report on the survival task of one run, or compare that of several; Markdown."""
     from survfuse.evaluation.comparison import compare
+    from survfuse.evaluation.model_comparison import models_markdown
     from survfuse.evaluation.predictions import Predictions
     from survfuse.evaluation.report import evaluate
     from survfuse.evaluation.report_files import (
-        comparison_markdown,
         report_markdown,
         write_comparison,
         write_concordance_figure,
@@ -96,7 +96,7 @@ def _survival(
     if out is not None:
         write_comparison(comparison, out)
         write_concordance_figure(reports, out)
-    return _table(reports) + "\n" + comparison_markdown(comparison)
+    return models_markdown(reports, comparison)
 
 
 def _classes(
@@ -158,20 +158,7 @@ def _named(predictions: Sequence[_T], runs: Sequence[Path]) -> list[_T]:
     ]
 
 
-def _table(reports: Sequence) -> str:
-    from survfuse.evaluation.report_files import interval_text
-
-    lines = ["| model | protocol | Harrell's C | Uno's C | IBS |", "|---|---|---|---|---|"]
-    for report in reports:
-        uno = "-" if report.uno is None else interval_text(report.uno)
-        brier = "-" if report.integrated_brier is None else f"{report.integrated_brier:.3f}"
-        protocol = f"{report.protocol}, leaks" if report.leakage else report.protocol
-        harrell = interval_text(report.concordance)
-        lines.append(f"| {report.model} | {protocol} | {harrell} | {uno} | {brier} |")
-    return "\n".join(lines) + "\n"
-
-
-def _print_markdown(text: str) -> None:
+def print_markdown(text: str) -> None:
     """Rendered on a terminal, as it is into a file or pipe."""
     from rich.console import Console
     from rich.markdown import Markdown

@@ -17,6 +17,9 @@ def train_command(
     config: Annotated[
         Path | None, typer.Argument(help="The YAML file that says what to run.")
     ] = None,
+    config_option: Annotated[
+        Path | None, typer.Option("--config", "-c", help="The same file, named as an option.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Run folder; by default runs/<file name>.")
     ] = None,
@@ -62,7 +65,10 @@ def train_command(
     from survfuse.training.run import resume as resume_run
     from survfuse.training.run_folder import RunFolder
 
-    _interrupt_on_termination()
+    interrupt_on_termination()
+    if config is not None and config_option is not None:
+        raise ConfigError(f"{config} and --config {config_option} are both given; give one")
+    config = config or config_option
     folder = resume
     if resume is not None:
         if config is not None or overrides or data is not None or out is not None or check:
@@ -94,7 +100,7 @@ def train_command(
     print_result(result)
 
 
-def _interrupt_on_termination() -> None:
+def interrupt_on_termination() -> None:
     """Let a job scheduler's SIGTERM end a run as cleanly as Ctrl-C."""
 
     def stop(number: int, frame: FrameType | None) -> None:

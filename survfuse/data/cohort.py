@@ -11,14 +11,20 @@ import torch
 from torch import Tensor
 
 from survfuse.batch import Batch, TableBatch
-from survfuse.data.labels import assign_bins, check_survival, discretize_survival, row_indices
+from survfuse.data.labels import (
+    assign_bins,
+    check_known_survival,
+    check_survival,
+    discretize_survival,
+    row_indices,
+)
 from survfuse.data.modalities import (
     ArrayModality,
     Source,
     TableModality,
-    absent,
     check_modalities,
-    matching_table,
+    group_numbers,
+    matching_modality,
 )
 from survfuse.data.names import shorten, unknown_name
 from survfuse.data.preprocessing import DEFAULT_CLIP, TablePreprocessor
@@ -46,6 +52,8 @@ class Cohort:
         name: what it is, for reports.
         notes: what a report must say about the data, for example that bags are simulated.
         targets: name to the class of every row: a diagnosis, a grade. Not given to a model.
+        unknown_outcome: a time may be NaN, with event False: such a cohort can be scored by a
+            trained model, not trained on.
 
     Raises (when made):
         ValueError: lengths differ, a unit id occurs twice, a time is NaN or negative, an event is
@@ -62,9 +70,11 @@ class Cohort:
     name: str = "cohort"
     notes: tuple[str, ...] = field(default=())
     targets: Mapping[str, ClassTarget] = field(default_factory=dict)
+    unknown_outcome: bool = False
 
     def __post_init__(self) -> None:
-        time, event = check_survival(self.time, self.event, unit_ids=self.unit_ids)
+        check = check_known_survival if self.unknown_outcome else check_survival
+        time, event = check(self.time, self.event, unit_ids=self.unit_ids)
         set_ = object.__setattr__
         set_(self, "time", time)
         set_(self, "event", event)
@@ -170,12 +180,13 @@ class Cohort:
 
     def summary(self) -> dict[str, Any]:
         """Counts for logs and reports, as JSON can write them."""
+        known = self.time[~np.isnan(self.time)]
         return {
             "name": self.name,
             "units": len(self),
             "patients": len(set(self.patient_ids)),
             "events": int(self.event.sum()),
-            "median_time": float(np.median(self.time)),
+            "median_time": float(np.median(known)) if len(known) else None,
             "modalities": {
                 name: {
                     "kind": source.kind,
@@ -271,6 +282,7 @@ class PreparedCohort:
         edges: NDArray[np.float64],
         preprocessors: Mapping[str, TablePreprocessor],
         channels: Mapping[str, tuple[str, int]],
+        groups: Mapping[str, Mapping[str, Sequence[int]]] | None = None,
     ) -> None:
         self.cohort = cohort
         self.labels = labels
@@ -282,6 +294,13 @@ class PreparedCohort:
         }
         self._tables = {
             name: _prepared_table(cohort, name, fitted)
+            for name, fitted in self.preprocessors.items()
+        }
+        # frozen with the rest: a model is rebuilt on tables that carry other groups, or none
+        self._groups = {
+            name: group_numbers(cohort.modalities[name], fitted.names)
+            if groups is None
+            else {g: np.asarray(c, dtype=np.int64) for g, c in groups.get(name, {}).items()}
             for name, fitted in self.preprocessors.items()
         }
         self._time = torch.from_numpy(cohort.time.astype(np.float32))
@@ -314,11 +333,8 @@ class PreparedCohort:
 
         Columns that feature selection dropped are left out; a group may be empty.
         """
-        position = {feature: i for i, feature in enumerate(self.features(name))}
-        return {
-            group: np.array([position[c] for c in columns if c in position], dtype=np.int64)
-            for group, columns in self.cohort.modalities[name].groups.items()
-        }
+        self.features(name)
+        return dict(self._groups[name])
 
     def table(self, name: str) -> TableBatch:
         """All rows of a table, prepared: values [n, F'] with zeros where absent, present [n]."""
@@ -353,7 +369,7 @@ class PreparedCohort:
 
     @property
     def state(self) -> dict[str, Any]:
-        """All that was fitted, as JSON can write it: bin edges and each table's statistics."""
+        """What was fitted, as JSON can write it: bin edges, each table's statistics and groups."""
         return {
             "version": STATE_VERSION,
             "interior_edges": self.edges[1:-1].tolist(),
@@ -364,6 +380,10 @@ class PreparedCohort:
                 if isinstance(source, ArrayModality)
             },
             "tables": {name: fitted.state() for name, fitted in self.preprocessors.items()},
+            "groups": {
+                name: {group: columns.tolist() for group, columns in groups.items()}
+                for name, groups in self._groups.items()
+            },
             "targets": {
                 name: {"classes": list(target.classes), "ordinal": target.ordinal}
                 for name, target in self.cohort.targets.items()
@@ -376,7 +396,8 @@ class PreparedCohort:
 
         Tables are matched by column name, whatever their order; further columns are ignored. A
         modality that the cohort lacks is absent from every row; one the state lacks is left out.
-        Targets are matched by name: a class the state does not have is unknown.
+        Gene groups are those of the state, whatever groups the cohort's tables carry. Targets are
+        matched by name: a class the state does not have is unknown.
 
         Args:
             cohort: the cohort.
@@ -394,24 +415,20 @@ class PreparedCohort:
         }
         modalities = {}
         for name, (kind, width) in state["channels"].items():
-            source = cohort.modalities.get(name)
-            if source is not None and source.kind != kind:
-                raise ValueError(f"modality {name!r} is a {source.kind}; it must be a {kind}")
-            if kind == "table":
-                modalities[name] = matching_table(source, name, fitted[name].features, len(cohort))
-            elif source is None:
-                axes = state["axes"].get(name, (1,))
-                modalities[name] = absent(kind, width, len(cohort), axes=axes)
-            elif source.channels != width:
-                raise ValueError(
-                    f"modality {name!r} has {source.channels} channels; it must have {width}, "
-                    "as in training"
-                )
-            else:
-                modalities[name] = source
+            modalities[name] = matching_modality(
+                cohort.modalities.get(name),
+                name,
+                kind,
+                width,
+                len(cohort),
+                features=fitted[name].features if kind == "table" else (),
+                axes=state["axes"].get(name, (1,)),
+            )
         targets = matching_targets(cohort.targets, state.get("targets", {}), len(cohort))
         cohort = cohort._replace(modalities=modalities, targets=targets)
-        return cls(cohort, assign_bins(cohort.time, edges), edges, fitted, cohort.channels())
+        unknown = np.isnan(cohort.time)
+        labels = np.where(unknown, -1, assign_bins(np.where(unknown, 0.0, cohort.time), edges))
+        return cls(cohort, labels, edges, fitted, cohort.channels(), state.get("groups"))
 
 
 def _prepared_table(cohort: Cohort, name: str, fitted: TablePreprocessor) -> TableBatch:

@@ -39,7 +39,7 @@ def read_cohort(
     signatures: str | os.PathLike[str] | None = None,
     outcomes: str | os.PathLike[str] | None = None,
     endpoint: str = "OS",
-    missing_outcome: Literal["error", "drop"] = "error",
+    missing_outcome: Literal["error", "drop", "keep"] = "error",
     bags: str | os.PathLike[str] | Bags | None = None,
     bag_name: str = "slides",
     name: str | None = None,
@@ -64,7 +64,7 @@ def read_cohort(
         outcomes: TCGA-CDR's workbook; None takes the outcome columns of the table.
         endpoint: "OS", "DSS", "DFI" or "PFI".
         missing_outcome: a patient without the endpoint is an error, or is dropped and counted in
-            the cohort's notes.
+            the cohort's notes, or is kept with time NaN, to be scored by a trained model.
         bags: `Bags`, a bag store, or a folder with one bag file per slide, named by slide id.
         bag_name: name of the bag modality.
         name: of the cohort; by default from the file name.
@@ -86,7 +86,10 @@ def read_cohort(
     outcome, notes = _outcome(table, outcomes, endpoint, missing_outcome)
     keep = table.metadata.index.isin(outcome.index)
     about = table.metadata.loc[keep]
-    time, event = check_survival(outcome["time"], outcome["event"], time_name=f"{endpoint} time")
+    time, event = outcome["time"].to_numpy(dtype=float), outcome["event"].to_numpy(dtype=bool)
+    unknown = bool(np.isnan(time).any())
+    if not unknown:
+        time, event = check_survival(outcome["time"], event, time_name=f"{endpoint} time")
     cohort = Cohort(
         unit_ids=tuple(about.index),
         patient_ids=tuple(about["case_id"].astype(str)),
@@ -96,6 +99,7 @@ def read_cohort(
         modalities=_tables(table, np.flatnonzero(keep), tables, types, signatures),
         name=name or _cohort_name(omics),
         notes=(*table.notes, *notes),
+        unknown_outcome=unknown,
     )
     if bags is None:
         return cohort
@@ -157,8 +161,10 @@ def _outcome(
     missing_outcome: str,
 ) -> tuple[pd.DataFrame, tuple[str, ...]]:
     """Time and event of each unit that has them, and what to note."""
-    if missing_outcome not in ("error", "drop"):
-        raise ValueError(f"missing_outcome is {missing_outcome!r}; it must be 'error' or 'drop'")
+    if missing_outcome not in ("error", "drop", "keep"):
+        raise ValueError(
+            f"missing_outcome is {missing_outcome!r}; it must be 'error', 'drop' or 'keep'"
+        )
     if outcomes is None:
         frame = endpoint_columns(table.metadata, endpoint=endpoint, source=table.source)
         unknown = frame["time"].isna()
@@ -174,6 +180,10 @@ def _outcome(
             f"{endpoint} time or censorship is NaN for {n} rows of {table.source}: "
             f"{shorten(list(frame.index[unknown]), 3)}; missing_outcome='drop' leaves them out"
         )
+    if missing_outcome == "keep":
+        note = f"{int(unknown.sum())} rows have no known {endpoint}"
+        # NaN is no event, and as a bool it would be one
+        return frame.assign(event=frame["event"].where(~unknown, False).astype(bool)), (note,)
     note = f"{int(unknown.sum())} rows without {endpoint} were left out"
     return frame.loc[~unknown].astype({"event": bool}), (note,)
 

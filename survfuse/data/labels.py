@@ -102,6 +102,24 @@ def check_survival(
     return times, events
 
 
+def check_known_survival(
+    time: ArrayLike, event: ArrayLike, *, unit_ids: Sequence[str] | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """As `check_survival`, but a time may be NaN, an unknown outcome; its event becomes False.
+
+    Raises:
+        ValueError: a known outcome is not valid, or there is no row.
+    """
+    times = np.array(time, dtype=np.float64)
+    unknown = np.isnan(times)
+    if times.ndim != 1 or not unknown.any():
+        return check_survival(time, event, unit_ids=unit_ids)
+    # an unknown event may be written as NaN; whatever stands there is not read
+    events = np.where(unknown, 0.0, np.array(event, dtype=np.float64))
+    _, seen = check_survival(np.where(unknown, 0.0, times), events, unit_ids=unit_ids)
+    return times, seen
+
+
 def discretize_survival(
     time: ArrayLike,
     *,

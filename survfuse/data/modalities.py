@@ -314,6 +314,44 @@ def check_modalities(modalities: Mapping[str, Source]) -> None:
             )
 
 
+def matching_modality(
+    source: Source | None,
+    name: str,
+    kind: str,
+    channels: int,
+    n_rows: int,
+    *,
+    features: tuple[str, ...] = (),
+    axes: Sequence[int] = (1,),
+) -> Source:
+    """A cohort's modality as a trained model reads it; absent from every row where there is none.
+
+    Args:
+        source: the cohort's, or None.
+        name: what it is called, for errors.
+        kind: "table", "bag", "array" or "graph".
+        channels: features per patch, channel or node.
+        n_rows: rows of the cohort.
+        features: columns of a table.
+        axes: spatial shape of an absent array.
+
+    Raises:
+        ValueError: it is of another kind or width, or a table that lacks a column.
+    """
+    if source is not None and source.kind != kind:
+        raise ValueError(f"modality {name!r} is a {source.kind}; it must be a {kind}")
+    if kind == "table":
+        return matching_table(source, name, features, n_rows)
+    if source is None:
+        return absent(kind, channels, n_rows, axes=axes)
+    if source.channels != channels:
+        raise ValueError(
+            f"modality {name!r} has {source.channels} channels; it must have {channels}, "
+            "as in training"
+        )
+    return source
+
+
 def matching_table(
     source: Source | None, name: str, features: tuple[str, ...], n_rows: int
 ) -> TableModality:
@@ -334,6 +372,15 @@ def matching_table(
         )
     columns = [position[feature] for feature in features]
     return TableModality(source.values[:, columns], features, source.groups)
+
+
+def group_numbers(table: TableModality, features: Sequence[str]) -> dict[str, Rows]:
+    """Each group of a table as numbers among the columns `features`; others are left out."""
+    position = {feature: i for i, feature in enumerate(features)}
+    return {
+        group: np.array([position[c] for c in columns if c in position], dtype=np.int64)
+        for group, columns in table.groups.items()
+    }
 
 
 def _check_present(present: NDArray[np.bool_], n_rows: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -175,14 +175,7 @@ class OmicsTable:
             FileNotFoundError: there is no such file.
             ValueError: no gene of the file is in the table.
         """
-        columns_of_gene: dict[str, list[str]] = {}
-        suffix = re.compile(rf"_(?:{'|'.join(TYPES)})$")
-        for column in self.values.columns:
-            columns_of_gene.setdefault(suffix.sub("", column), []).append(column)
-        groups = {}
-        for group, genes in read_signatures(path).items():
-            found = [column for gene in genes for column in columns_of_gene.get(gene, ())]
-            groups[group] = tuple(sorted(found))
+        groups = group_columns(self.values.columns, read_signatures(path))
         if not any(groups.values()):
             raise ValueError(f"no gene of {path} is in {self.source or 'the table'}")
         return groups
@@ -246,6 +239,25 @@ class OmicsTable:
             self.source,
             self.notes,
         )
+
+
+def group_columns(
+    columns: Sequence[str], genes: Mapping[str, Sequence[str]]
+) -> dict[str, tuple[str, ...]]:
+    """Columns of each group's genes, whatever their omic type, sorted; a group may be empty.
+
+    Example:
+        >>> group_columns(["TP53_mut", "TP53_cnv", "KRAS"], {"a": ["TP53"], "b": ["KRAS", "X"]})
+        {'a': ('TP53_cnv', 'TP53_mut'), 'b': ('KRAS',)}
+    """
+    columns_of_gene: dict[str, list[str]] = {}
+    suffix = re.compile(rf"_(?:{'|'.join(TYPES)})$")
+    for column in columns:
+        columns_of_gene.setdefault(suffix.sub("", column), []).append(column)
+    return {
+        group: tuple(sorted(column for gene in named for column in columns_of_gene.get(gene, ())))
+        for group, named in genes.items()
+    }
 
 
 def read_signatures(path: str | os.PathLike[str]) -> dict[str, tuple[str, ...]]:

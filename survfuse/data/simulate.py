@@ -109,7 +109,8 @@ def simulate_cohort(
 ) -> Simulation:
     """Draw patients with 60 genes, one slide and a survival time.
 
-    Genes: 20 follow g and 20 follow m with loadings U(.5, 1) and noise N(0, 1), 20 are noise.
+    Genes: 20 follow g and 20 follow m with loadings U(.5, 1) and noise N(0, 1), 20 are noise. The
+    groups are "tumor" (those of g and half of the noise) and "microenvironment" (m, the rest).
     Slides: `simulate_slide_maps` and `SimulatedBags`, with log rates log(rate) + .6 zb and near
     probabilities sigmoid(1.5 zc). Outcome:
 
@@ -181,7 +182,7 @@ def simulate_cohort(
         event=event,
         covariates=require("pandas", extra="train").DataFrame({"part": parts}, index=patients),
         modalities={
-            "genes": TableModality(genes, names),
+            "genes": TableModality(genes, names, gene_groups(names)),
             "slides": BagModality(
                 bags, tuple((i,) if has else () for i, has in enumerate(has_slide))
             ),
@@ -236,6 +237,13 @@ def with_control_bags(
     bags: Bags | SimulatedBags = slides if lazy else slides.materialise()
     source = BagModality(bags, tuple((int(i),) for i in of_row))
     return cohort.with_modality(name, source, note=CONTROL_NOTE.format(name=name))
+
+
+def gene_groups(names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """The genes of each factor, each with half of those that are noise."""
+    half = GENES_PER_FACTOR // 2
+    of = {f: tuple(name for name in names if name[0] == f) for f in "GMN"}
+    return {"tumor": of["G"] + of["N"][:half], "microenvironment": of["M"] + of["N"][half:]}
 
 
 def _genes(

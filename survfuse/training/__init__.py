@@ -12,14 +12,18 @@ if TYPE_CHECKING:
         Coordination,
         GradientCoordination,
     )
+    from survfuse.training.inspection import explain
     from survfuse.training.losses import cox_loss, nll_loss, risk_from_hazards
     from survfuse.training.predictions import predict
     from survfuse.training.run import RunResult, fit, resume
+    from survfuse.training.run_comparison import compare_runs
 
 # imported when asked for: fit brings in models and data, a configuration needs neither
 _HOMES = {
     "TrainConfig": "config",
     "RunResult": "run",
+    "compare_runs": "run_comparison",
+    "explain": "inspection",
     "fit": "run",
     "resume": "run",
     "ConfigError": "config_files",
@@ -41,7 +45,9 @@ __all__ = [
     "GradientCoordination",
     "RunResult",
     "TrainConfig",
+    "compare_runs",
     "cox_loss",
+    "explain",
     "fit",
     "load_config",
     "nll_loss",

@@ -7,12 +7,14 @@ install. `survfuse.training.config_files` reads and checks YAML files.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 # read by pydantic when a YAML file is checked: a key that is not a field is an error
 _STRICT = {"extra": "forbid"}
-# what evaluation.baselines may name, besides only:<modality>
-BASELINES = ("clinical_cox", "elastic_net_cox", "mean_pool")
+# the baseline that is put together from those of single modalities
+UNIMODAL = "unimodal_by_patient"
+# values of data.groups that are no path
+GROUPS = ("families", "xena", "hallmarks", "combine", "subspaces")
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,23 @@ class SimulationConfig:
 
 
 @dataclass(frozen=True)
+class PatchesConfig:
+    """Which patches of each bag a model is given, the same in training and testing.
+
+    Attributes:
+        fraction: share of each bag's patches, in (0, 1], drawn once.
+        shuffle_coords: deal the coordinates out anew among the patches of each bag, a negative
+            control for models that read where patches lie.
+        seed: of both draws.
+    """
+
+    __pydantic_config__ = _STRICT
+    fraction: float = 1.0
+    shuffle_coords: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where the cohort comes from.
 
@@ -63,6 +82,11 @@ class DataConfig:
         expression: expression table of SurvPath: "xena", "hallmarks" or "combine".
         bags: bag store (`survfuse pack`) or folder of bag files that adds the modality `slides`; or
             "simulated", bags that know nothing of the outcome: a negative control.
+        groups: gene groups of the tables, for models with a token per group: null leaves those the
+            source has; "families", MCAT's six; "xena", "hallmarks" or "combine", SurvPath's
+            pathways; "subspaces", tumour and microenvironment by a rule over both; or a CSV file
+            with one column of gene names per group, relative to the configuration file.
+        patches: which patches of each bag are used.
         simulation: the simulated cohort's sizes, also those of simulated bags.
     """
 
@@ -77,6 +101,8 @@ class DataConfig:
     exclude: tuple[str, ...] = ()
     expression: Literal["xena", "hallmarks", "combine"] = "xena"
     bags: str | None = None
+    groups: str | None = None
+    patches: PatchesConfig = field(default_factory=PatchesConfig)
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
 
 
@@ -162,6 +188,10 @@ class ModelConfig:
     ] = "healnet"
     preset: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+
+
+# what evaluation.baselines may name, besides only:<modality>; a model also with :<preset>
+BASELINES = (*get_args(get_type_hints(ModelConfig)["name"]), UNIMODAL)
 
 
 @dataclass(frozen=True)
@@ -320,8 +350,12 @@ class EvaluationConfig:
         level: coverage of an interval.
         seed: draws the resamples.
         baselines: further models trained on the same folds and compared with the run, each in its
-            own folder below it: "clinical_cox", "elastic_net_cox", "mean_pool", and
-            "only:<modality>", the run's own model given one modality.
+            own folder below it: any that `model.name` may be, also as "<name>:<preset>";
+            "only:<modality>", the run's own model given one modality; and "unimodal_by_patient",
+            made of those: each patient's risk is the mean over the modalities the patient has.
+        missing: ways to withhold modalities from the test patients who have all, each scored with
+            the trained models: "only:<modality>", "only:<modality>+<modality>", and "half": of half
+            of the patients the tables, of the others all else.
         figures: draw the Kaplan-Meier figure.
     """
 
@@ -330,6 +364,7 @@ class EvaluationConfig:
     level: float = 0.95
     seed: int = 0
     baselines: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
     figures: bool = True
 
 

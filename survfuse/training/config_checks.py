@@ -6,7 +6,14 @@ import re
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from survfuse.training.config import BASELINES, ModelConfig, TaskConfig, TrainConfig
+from survfuse.training.config import (
+    BASELINES,
+    GROUPS,
+    UNIMODAL,
+    ModelConfig,
+    TaskConfig,
+    TrainConfig,
+)
 from survfuse.training.tasks import LINEAR, class_tasks, survival_task
 
 
@@ -47,12 +54,9 @@ def check(config: TrainConfig) -> None:
         raise ValueError(
             f"loss.alpha is {config.loss.alpha}; it belongs to the nll loss, the Cox loss has none"
         )
-    for name in config.evaluation.baselines:
-        if name not in BASELINES and not name.startswith("only:"):
-            raise ValueError(
-                f'evaluation.baselines holds "{name}"; '
-                f"it must be one of {', '.join(BASELINES)} or only:<modality>"
-            )
+    _check_patches_and_groups(config)
+    _check_baselines(config.evaluation.baselines)
+    _check_missing(config)
     if not config.training.seeds:
         raise ValueError("training.seeds is empty; it must hold at least one integer")
     if min(*config.training.seeds, config.protocol.fold_seed) < 0:
@@ -77,6 +81,59 @@ def _check_sections(config: Any, prefix: str = "") -> None:
         _check_sections(value, f"{prefix}{item.name}.")
 
 
+def _check_patches_and_groups(config: TrainConfig) -> None:
+    groups, patches = config.data.groups, config.data.patches
+    if groups is not None and groups not in GROUPS and not groups.endswith(".csv"):
+        raise ValueError(
+            f'data.groups is "{groups}"; it must be null, one of {", ".join(GROUPS)}, or the path '
+            "of a .csv file"
+        )
+    if not 0 < patches.fraction <= 1:
+        raise ValueError(f"data.patches.fraction is {patches.fraction}; it must be in (0, 1]")
+    if patches.seed < 0:
+        raise ValueError(f"data.patches.seed is {patches.seed}; it must be at least 0")
+
+
+def _check_baselines(baselines: tuple[str, ...]) -> None:
+    for name in baselines:
+        model, _, preset = name.partition(":")
+        if model == "only" and preset:
+            continue
+        if model not in BASELINES or (preset and model == UNIMODAL):
+            raise ValueError(
+                f'evaluation.baselines holds "{name}"; it must be one of {", ".join(BASELINES)} '
+                "(a model also as <name>:<preset>) or only:<modality>"
+            )
+        try:
+            _check_preset(ModelConfig(name=model, preset=preset or None))
+        except ValueError as error:
+            raise ValueError(f'evaluation.baselines holds "{name}": {error}') from None
+    if len(set(baselines)) != len(baselines):
+        raise ValueError(f"evaluation.baselines is {list(baselines)}; they must differ")
+
+
+def _check_missing(config: TrainConfig) -> None:
+    designs = config.evaluation.missing
+    for name in designs:
+        if name != "half" and not (name.startswith("only:") and name.partition(":")[2]):
+            raise ValueError(
+                f'evaluation.missing holds "{name}"; it must be "half", only:<modality> or '
+                "only:<modality>+<modality>"
+            )
+    if designs and config.model.name in LINEAR:
+        raise ValueError(
+            "evaluation.missing is set, but a Cox regression has no way to go without a modality; "
+            "it must be empty"
+        )
+    if designs and survival_task(config) is None:
+        raise ValueError(
+            "evaluation.missing is set, which compares risks, but tasks has none of kind survival; "
+            "it must be empty"
+        )
+    if len(set(designs)) != len(designs):
+        raise ValueError(f"evaluation.missing is {list(designs)}; they must differ")
+
+
 def _check_tasks(config: TrainConfig) -> None:
     if not isinstance(config.tasks, dict):
         raise TypeError(f"tasks is {config.tasks!r}; it must map names of tasks to TaskConfig")
@@ -94,7 +151,7 @@ def _check_tasks(config: TrainConfig) -> None:
             f'model.name is "{config.model.name}", which knows survival only; tasks must be empty'
         )
     for name in config.evaluation.baselines:
-        if name in LINEAR and not has_survival:
+        if name in (*LINEAR, UNIMODAL) and not has_survival:
             raise ValueError(
                 f'evaluation.baselines holds "{name}", which knows survival only, but tasks has '
                 "none of that kind"

@@ -38,8 +38,8 @@ def load_config(
         data: replaces `data.folder`, relative to the working folder.
 
     Returns:
-        The configuration with the protocol's preset filled in and `data.folder` and `data.bags`
-        absolute.
+        The configuration with the protocol's preset filled in and `data.folder`, `data.bags` and
+        a path in `data.groups` absolute.
 
     Raises:
         FileNotFoundError: no such file.
@@ -219,6 +219,9 @@ def absolute_paths(config: TrainConfig, base: Path) -> TrainConfig:
         value = getattr(config.data, name)
         if value is not None and value != "simulated":
             changes[name] = str((base / value).resolve())
+    # the other values of data.groups are names
+    if config.data.groups is not None and config.data.groups.endswith(".csv"):
+        changes["groups"] = str((base / config.data.groups).resolve())
     data = dataclasses.replace(config.data, **changes)
     return dataclasses.replace(config, data=data)
 

@@ -30,6 +30,9 @@ def fingerprint(cohort: Cohort) -> str:
     for name, source in cohort.modalities.items():
         digest.update(f"{name} {source.kind} {source.channels}".encode())
         digest.update("\n".join(getattr(source, "features", ())).encode())
+        groups = source.groups if source.kind == "table" else {}
+        for group, columns in groups.items():
+            digest.update(f"{group}: {' '.join(columns)}".encode())
         arrays.append(source.present)
         for attribute in ("values", "n_patches", "graph_of"):
             if (values := getattr(source, attribute, None)) is not None:

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
-from survfuse.evaluation.class_predictions import ClassFold, ClassPredictions, ClassTable
+from survfuse.evaluation.class_predictions import (
+    ClassFold,
+    ClassPredictions,
+    ClassTable,
+    class_tasks_in,
+)
 from survfuse.evaluation.predictions import FoldPredictions, PatientTable, Predictions
 from survfuse.extras import require
 from survfuse.training.config import TrainConfig
 from survfuse.training.config_files import load_config
 from survfuse.training.device import pick_device
+from survfuse.training.fold_models import fold_models
 from survfuse.training.folds import FoldPlan
 from survfuse.training.loop import predict_logits
-from survfuse.training.model import NEURAL, build_model
+from survfuse.training.model import NEURAL
 from survfuse.training.protocols import leaks
-from survfuse.training.run_folder import RunFolder, RunFolderError, read_json
+from survfuse.training.run_folder import RunFolder, RunFolderError
 from survfuse.training.task_losses import probabilities_of, risk_of
 from survfuse.training.tasks import class_tasks, survival_task
 
@@ -136,6 +143,14 @@ def gather_predictions(
     return survival, classes
 
 
+def load_any(folder: str | os.PathLike[str]) -> Predictions | ClassPredictions:
+    """Predictions of survival, or of a class task for a run without: who was tested on what."""
+    tasks = class_tasks_in(folder)
+    if tasks and not (Path(folder) / "predictions.json").is_file():
+        return ClassPredictions.load(folder, tasks[0])
+    return Predictions.load(folder)
+
+
 def _leakage(config: TrainConfig) -> str:
     return " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in leaks(config))
 
@@ -163,8 +178,8 @@ def predict(
 
     Returns:
         A frame with one row per seed, fold and row of the cohort: seed, fold, unit_id, patient_id,
-        time, event, risk and the logits; of a class task the probability of every class,
-        `<task>_<class>`.
+        time, event (NaN where the outcome is not known), risk and the logits; of a class task the
+        probability of every class, `<task>_<class>`.
 
     Raises:
         TypeError: `cohort` is no cohort.
@@ -172,7 +187,7 @@ def predict(
         ValueError: the cohort lacks a column that the models need.
     """
     pd = require("pandas", extra="train")
-    from survfuse.data.cohort import Cohort, PreparedCohort
+    from survfuse.data.cohort import Cohort
 
     if not isinstance(cohort, Cohort):
         raise TypeError(f"cohort is {cohort!r}; it must be a survfuse.data.Cohort")
@@ -182,36 +197,30 @@ def predict(
         raise RunFolderError(f"{run.path} holds no run")
     config = load_config(run.config)
     where = pick_device(device)
-    rows = np.arange(len(cohort))
+    unknown = np.isnan(cohort.time)
     parts = []
-    for files in run.folds():
-        record = files.done
-        if record is None or not files.weights.is_file():
-            raise RunFolderError(f"{files.path} holds no finished neural model; resume the run")
-        prepared = PreparedCohort.from_state(cohort, read_json(files.preprocessing))
-        model = build_model(config, prepared).to(where)
-        model.load_state_dict(torch.load(files.weights, map_location=where, weights_only=True))
-        scored = score_rows(model, config, prepared, rows, where)
+    for fold in fold_models(run, config, cohort, where):
+        logits = predict_logits(fold.model, fold.prepared, np.arange(len(cohort)), config, where)
         frame = pd.DataFrame(
             {
-                "seed": record["seed"],
-                "fold": record["fold"],
+                "seed": fold.seed,
+                "fold": fold.fold,
                 "unit_id": cohort.unit_ids,
                 "patient_id": cohort.patient_ids,
                 "time": cohort.time,
-                "event": cohort.event,
+                # a bool cannot say that it is not known
+                "event": np.where(unknown, np.nan, cohort.event) if unknown.any() else cohort.event,
             }
         )
-        if scored.survival is not None:
-            frame["risk"] = scored.survival.risk
-            hazards = scored.survival.logits
-            for k, column in enumerate([] if hazards is None else hazards.T):
+        survival = survival_task(config)
+        if survival is not None:
+            frame["risk"] = risk_of(logits[survival], config).double().numpy()
+            hazards = logits[survival].double().numpy().T if config.loss.name == "nll" else []
+            for k, column in enumerate(hazards):
                 frame[f"logit_{k}"] = column
-        for task, table in scored.classes.items():
-            names = prepared.cohort.targets[task].classes
-            for name, column in zip(names, table.probabilities.T):
+        for task, about in class_tasks(config).items():
+            names = fold.prepared.cohort.targets[task].classes
+            for name, column in zip(names, probabilities_of(logits[task], about.kind).T):
                 frame[f"{task}_{name}"] = column
         parts.append(frame)
-    if not parts:
-        raise RunFolderError(f"{run.path} holds no finished fold; resume the run")
     return pd.concat(parts, ignore_index=True)

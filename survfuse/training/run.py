@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 
 from survfuse.data.splits import Split
@@ -17,8 +18,10 @@ from survfuse.evaluation.class_predictions import ClassPredictions
 from survfuse.evaluation.class_report import ClassReport
 from survfuse.evaluation.comparison import Comparison
 from survfuse.evaluation.predictions import Predictions
-from survfuse.evaluation.report import Report
-from survfuse.training.config import CoordinationConfig, ModelConfig, TrainConfig
+from survfuse.evaluation.report import Report, evaluate
+from survfuse.evaluation.report_files import write_report
+from survfuse.training.baselines import baseline_configs, unimodal_by_patient
+from survfuse.training.config import UNIMODAL, TrainConfig
 from survfuse.training.config_files import (
     ConfigError,
     absolute_paths,
@@ -28,6 +31,7 @@ from survfuse.training.config_files import (
 from survfuse.training.device import bags_to_device, pick_device
 from survfuse.training.folds import FoldPlan, plan_folds
 from survfuse.training.identity import fingerprint, fingerprint_folds
+from survfuse.training.missing import check_designs, score_missing
 from survfuse.training.model import NEURAL, check_modality_names, check_model
 from survfuse.training.predictions import gather_predictions
 from survfuse.training.report import oracle_concordance, write_class_reports, write_reports
@@ -41,8 +45,8 @@ from survfuse.training.run_folder import (
     write_metrics_table,
 )
 from survfuse.training.run_folds import Progress, prepare, run_folds
-from survfuse.training.sources import LoadedCohort, load_cohort
-from survfuse.training.tasks import LINEAR, check_known, survival_only, with_targets
+from survfuse.training.sources import LoadedCohort, load_cohort, shape_cohort
+from survfuse.training.tasks import check_known, with_targets
 
 if TYPE_CHECKING:
     from survfuse.data.cohort import Cohort, PreparedCohort
@@ -114,14 +118,7 @@ def fit(
         )
     folder = RunFolder(out)
     config = absolute_paths(config, Path.cwd())
-    if resume and not folder.exists:
-        raise RunFolderError(f"{folder.path} holds no run to resume (no {folder.config.name})")
-    if not resume and folder.exists:
-        raise RunFolderError(
-            f"{folder.path} holds a run already; resume it or choose another folder"
-        )
-    if resume and (difference := _first_difference(config, load_config(folder.config))):
-        raise RunFolderError(f"{folder.path} was begun with another configuration: {difference}")
+    check_folder(config, folder, resume=resume)
     if cohort is not None:
         loaded = _given_cohort(config, cohort, split)
     elif resume and read_json(folder.environment)["cohort"].get("given"):
@@ -132,7 +129,23 @@ def fit(
         )
     else:
         loaded = load_cohort(config)
-    return _run(config, folder, loaded, progress or _silent)
+    return run_loaded(config, folder, loaded, progress)
+
+
+def check_folder(config: TrainConfig, folder: RunFolder, *, resume: bool) -> None:
+    """Raise unless a run of `config` can begin in a folder, or go on in it.
+
+    Raises:
+        RunFolderError: it holds a run already (without `resume`), none, or another (with it).
+    """
+    if resume and not folder.exists:
+        raise RunFolderError(f"{folder.path} holds no run to resume (no {folder.config.name})")
+    if not resume and folder.exists:
+        raise RunFolderError(
+            f"{folder.path} holds a run already; resume it or choose another folder"
+        )
+    if resume and (difference := _first_difference(config, load_config(folder.config))):
+        raise RunFolderError(f"{folder.path} was begun with another configuration: {difference}")
 
 
 def resume(
@@ -158,38 +171,6 @@ def resume(
     return fit(config, folder, resume=True, cohort=cohort, split=split, progress=progress)
 
 
-def baseline_config(config: TrainConfig, name: str, modalities: list[str]) -> TrainConfig:
-    """The configuration of a baseline: the same data, protocol and seeds, another model.
-
-    Args:
-        config: the run it is compared with.
-        name: one of `survfuse.training.config.BASELINES`, or "only:<modality>".
-        modalities: those the cohort has.
-
-    Raises:
-        ConfigError: "only:<modality>" names another.
-    """
-    model, data, coordination = ModelConfig(name=name), config.data, CoordinationConfig()
-    if name in LINEAR:
-        config = survival_only(config)
-    if name.startswith("only:"):
-        modality = name.partition(":")[2]
-        if modality not in modalities:
-            raise ConfigError(
-                f'evaluation.baselines holds "{name}"; the modalities are {", ".join(modalities)}'
-            )
-        model, data = config.model, dataclasses.replace(data, modalities=(modality,))
-        coordination = config.coordination
-    return dataclasses.replace(
-        config,
-        data=data,
-        model=model,
-        coordination=coordination,
-        evaluation=dataclasses.replace(config.evaluation, baselines=(), figures=False),
-        title=name,
-    )
-
-
 class RunPlan(NamedTuple):
     """What a run does."""
 
@@ -210,10 +191,8 @@ def plan_run(config: TrainConfig, loaded: LoadedCohort) -> RunPlan:
     device = pick_device(config.training.device)
     folds = plan_folds(config, loaded.cohort, loaded.split)
     check_known(config, loaded.cohort, [plan.split for plan in folds])
-    baselines = {
-        name: baseline_config(config, name, list(loaded.cohort.modalities))
-        for name in config.evaluation.baselines
-    }
+    baselines = baseline_configs(config, list(loaded.cohort.modalities))
+    check_designs(config, loaded.cohort, folds)
     if not config.data.modalities:
         # of a choice of modalities the others may keep their settings
         check_modality_names(config, loaded.cohort.modalities)
@@ -238,22 +217,33 @@ def _given_cohort(config: TrainConfig, cohort: Cohort, split: Split | None) -> L
             'protocol.split is "given": pass split= beside cohort=, or set protocol.split to '
             '"patients", "sites", "rows" or "published"'
         )
-    chosen = cohort.only(config.data.modalities) if config.data.modalities else cohort
-    return LoadedCohort(with_targets(config, chosen), split, None, given=True)
+    if np.isnan(cohort.time).any():
+        raise ValueError(
+            f"cohort {cohort.name!r} holds rows without outcome; it can be scored, not trained on"
+        )
+    shaped = with_targets(config, shape_cohort(config.data, cohort))
+    return LoadedCohort(shaped, split, None, given=True)
 
 
-def _run(
+def run_loaded(
     config: TrainConfig,
     folder: RunFolder,
     loaded: LoadedCohort,
-    progress: Progress,
+    progress: Progress | None = None,
     *,
     threads: int | None = None,
 ) -> RunResult:
+    """Begin a run on a cohort that was read, or go on with it; `check_folder` said which.
+
+    Args:
+        config, folder, progress: as in `fit`, paths absolute.
+        loaded: its cohort.
+        threads: CPU threads; None takes the configuration's.
+    """
     plan = plan_run(config, loaded)
     with folder.lock():
         folder.remove_leftovers()
-        return _locked_run(config, folder, loaded, plan, progress, threads)
+        return _locked_run(config, folder, loaded, plan, progress or _silent, threads)
 
 
 def _locked_run(
@@ -275,16 +265,11 @@ def _locked_run(
     metrics = read_metrics(folder.metrics)
     if metrics:
         write_metrics_table(metrics, folder.metrics_table)
-    baselines = {}
-    for name, baseline in plan.baselines.items():
-        progress({"kind": "baseline", "name": name})
-        reduced = loaded
-        if name.startswith("only:"):
-            reduced = loaded._replace(cohort=loaded.cohort.only(baseline.data.modalities))
-        # with the threads of the run, wherever it is resumed
-        baselines[name] = _run(
-            baseline, folder.baseline(name), reduced, progress, threads=environment["threads"]
-        )
+    baselines = _train_baselines(config, folder, loaded, plan, progress, environment["threads"])
+    if config.evaluation.missing:
+        trained = {name: result.predictions for name, result in baselines.items()}
+        with _threads(environment["threads"]):
+            score_missing(folder, config, cohort, plans, device, trained)
     class_reports = write_class_reports(folder, config, loaded.cohort, class_predictions)
     report, comparison, oracles = next(iter(class_reports.values()), None), None, None
     if predictions is not None:
@@ -311,6 +296,48 @@ def _locked_run(
         class_predictions,
         class_reports,
     )
+
+
+def _train_baselines(
+    config: TrainConfig,
+    folder: RunFolder,
+    loaded: LoadedCohort,
+    plan: RunPlan,
+    progress: Progress,
+    threads: int,
+) -> dict[str, RunResult]:
+    """Every baseline by name, each finished in its folder below the run."""
+    baselines = {}
+    for name, baseline in plan.baselines.items():
+        progress({"kind": "baseline", "name": name})
+        reduced = loaded
+        if name.startswith("only:"):
+            reduced = loaded._replace(cohort=loaded.cohort.only(baseline.data.modalities))
+        # with the threads of the run, wherever it is resumed
+        baselines[name] = run_loaded(
+            baseline, folder.baseline(name), reduced, progress, threads=threads
+        )
+    if UNIMODAL in config.evaluation.baselines:
+        baselines[UNIMODAL] = _unimodal(config, folder, loaded.cohort, baselines)
+    return baselines
+
+
+def _unimodal(
+    config: TrainConfig, folder: RunFolder, cohort: Cohort, baselines: dict[str, RunResult]
+) -> RunResult:
+    """The baseline that is made of those of single modalities; nothing of it is trained."""
+    singles = {name: baselines[f"only:{name}"].predictions for name in cohort.modalities}
+    predictions = unimodal_by_patient(singles, cohort)
+    settings = config.evaluation
+    report = evaluate(
+        predictions, resamples=settings.bootstrap, level=settings.level, seed=settings.seed
+    )
+    path = folder.baseline(UNIMODAL).path
+    path.mkdir(parents=True, exist_ok=True)
+    predictions.save(path)
+    write_report(report, path)
+    config = dataclasses.replace(config, title=UNIMODAL)
+    return RunResult(path, config, predictions, [], report, None, None, {})
 
 
 def _check_or_write_head(

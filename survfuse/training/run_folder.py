@@ -9,6 +9,7 @@ run/
   folds/seed1-fold0/    weights.pt, preprocessing.json, predictions.csv and .json, done.json;
                         checkpoint.pt while the fold is being trained
   baselines/<name>/     a run folder for every baseline
+  missing.json .md      missing/<design>/predictions: test rows with modalities withheld
 """
 
 from __future__ import annotations
@@ -164,7 +165,11 @@ def write_metrics_table(records: list[dict[str, Any]], path: Path) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically; NaN becomes null."""
-    text = json.dumps(_without_nan(content), indent=2) + "\n"
+    write_text(path, json.dumps(_without_nan(content), indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from survfuse.data.splits import Split
 from survfuse.extras import require
-from survfuse.training.config import DataConfig, TrainConfig
+from survfuse.training.config import GROUPS, DataConfig, TrainConfig
 from survfuse.training.config_files import ConfigError
 from survfuse.training.tasks import class_tasks, with_targets
 
@@ -36,8 +36,14 @@ class LoadedCohort(NamedTuple):
     given: bool = False  # came from Python, not from `config.data`
 
 
-def load_cohort(config: TrainConfig) -> LoadedCohort:
-    """The cohort of `config.data`, with the modalities and targets that the run asks for.
+def load_cohort(config: TrainConfig, *, external: bool = False) -> LoadedCohort:
+    """The cohort of `config.data`, with the modalities, groups, patches and targets it asks for.
+
+    Args:
+        config: its data section, its tasks, and what a row is.
+        external: for a trained model to score: patients of unknown outcome are kept, gene groups
+            are left to what was frozen with the model, bags may be lacking, and classes are not
+            read.
 
     Raises:
         ConfigError: a setting does not fit the source.
@@ -49,16 +55,84 @@ def load_cohort(config: TrainConfig) -> LoadedCohort:
         "survpath": _survpath,
         "slides": _slides,
     }
-    loaded = readers[config.data.source](config)
+    read = readers[config.data.source]
+    loaded = read(config, external) if read in (_tcga, _survpath) else read(config)
     cohort = loaded.cohort
     if config.data.bags == "simulated" and config.data.source != "simulated":
         cohort = _with_simulated_bags(config.data, cohort)
-    if config.data.modalities:
+    cohort = shape_cohort(config.data, cohort, external=external)
+    if external:
+        return loaded._replace(cohort=cohort._replace(targets={}))
+    return loaded._replace(cohort=with_targets(config, cohort))
+
+
+def shape_cohort(data: DataConfig, cohort: Cohort, *, external: bool = False) -> Cohort:
+    """A cohort with the modalities, gene groups and patches that a data section asks for.
+
+    Args:
+        data: the section.
+        cohort: with all there is.
+        external: see `load_cohort`.
+
+    Raises:
+        ConfigError: it has no such modality, table or bags.
+        FileNotFoundError: there is no file of gene groups.
+    """
+    if data.groups is not None and not external:
+        cohort = _with_groups(data, cohort)
+    if data.modalities:
         try:
-            cohort = cohort.only(config.data.modalities)
+            cohort = cohort.only(data.modalities)
         except ValueError as error:
             raise ConfigError(f"data.modalities: {error}") from None
-    return loaded._replace(cohort=with_targets(config, cohort))
+    patches = data.patches
+    if patches.fraction == 1 and not patches.shuffle_coords:
+        return cohort
+    from survfuse.data.patch_subset import with_patch_subset
+
+    kinds = {source.kind for source in cohort.modalities.values()}
+    # those that were chosen, for example by a single-modality baseline, need not hold bags
+    if "bag" not in kinds and (external or data.modalities):
+        return cohort
+    try:
+        return with_patch_subset(
+            cohort,
+            fraction=patches.fraction,
+            shuffle_coords=patches.shuffle_coords,
+            seed=patches.seed,
+        )
+    except ValueError as error:
+        raise ConfigError(f"data.patches: {error}") from None
+
+
+def _with_groups(data: DataConfig, cohort: Cohort) -> Cohort:
+    from survfuse.data.gene_groups import with_gene_groups
+    from survfuse.data.omics import read_signatures
+
+    if data.groups == "subspaces":
+        from survfuse.data.subspaces import subspace_genes
+
+        families, hallmarks = (_signature_file(data, name) for name in ("families", "hallmarks"))
+        genes = subspace_genes(families, hallmarks)
+    else:
+        genes = read_signatures(_signature_file(data, str(data.groups)))
+    try:
+        return with_gene_groups(
+            cohort,
+            genes,
+            source=f'data.groups "{data.groups}"',
+            expression_only=data.groups == "subspaces",
+        )
+    except ValueError as error:
+        raise ConfigError(f"data.groups: {error}") from None
+
+
+def _signature_file(data: DataConfig, name: str) -> Path:
+    if name not in GROUPS:
+        return Path(name)
+    if name == "families":
+        return _folder(data) / "tcga_omics" / "mcat_signatures.csv"
+    return _folder(data) / "survpath" / f"{name}_signatures.csv"
 
 
 def _simulated(config: TrainConfig) -> LoadedCohort:
@@ -85,7 +159,7 @@ def _simulated(config: TrainConfig) -> LoadedCohort:
     return LoadedCohort(simulation.cohort, simulation.split, simulation.truth.oracle_risks())
 
 
-def _tcga(config: TrainConfig) -> LoadedCohort:
+def _tcga(config: TrainConfig, external: bool) -> LoadedCohort:
     from survfuse.data.cohort_files import read_cohort
 
     data = config.data
@@ -100,10 +174,10 @@ def _tcga(config: TrainConfig) -> LoadedCohort:
         exclude=data.exclude,
         outcomes=outcomes,
         endpoint=data.endpoint,
-        missing_outcome="error" if outcomes is None else "drop",
+        missing_outcome="keep" if external else "error" if outcomes is None else "drop",
         bags=_bag_path(data),
     )
-    if data.cohort == "gbmlgg":
+    if data.cohort == "gbmlgg" and not external:
         cohort = cohort._replace(targets=_glioma_targets(config, cohort, folder))
     return LoadedCohort(cohort, None, None)
 
@@ -122,7 +196,7 @@ def _glioma_targets(config: TrainConfig, cohort: Cohort, folder: Path) -> dict[s
     return found
 
 
-def _survpath(config: TrainConfig) -> LoadedCohort:
+def _survpath(config: TrainConfig, external: bool) -> LoadedCohort:
     from survfuse.data.cohort_files import read_cohort
 
     data = config.data
@@ -134,7 +208,7 @@ def _survpath(config: TrainConfig) -> LoadedCohort:
         tables=data.tables,
         exclude=data.exclude,
         endpoint=data.endpoint,
-        missing_outcome="drop",
+        missing_outcome="keep" if external else "drop",
         bags=_bag_path(data),
     )
     return LoadedCohort(cohort, None, None)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from survfuse.data.splits import Split
     from survfuse.data.targets import ClassTarget
 
-# models that know survival only
+# models that are fitted, not trained by the loop, and know survival only
 LINEAR = ("clinical_cox", "elastic_net_cox")
 
 

@@ -12,19 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_cases import TINY, call, interrupt
 
 from survfuse.cli import COMMANDS, main
 from survfuse.training.run_folder import RunFolderError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-TINY = """
-data:
-  simulation: {n_train: 30, n_inner: 20, n_test: 20}
-protocol: {min_inner_events: 2, n_bins: 2}
-model: {name: mean_pool}
-training: {epochs: 2, batch_size: 16}
-evaluation: {bootstrap: 100}
-"""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -33,16 +26,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def call(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main([str(argument) for argument in arguments])
-    return caught.value.code
-
-
-def interrupt(*_: object, **__: object) -> None:
-    raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from survfuse.data.bags import Bags
+from survfuse.data.cohort import PreparedCohort
 from survfuse.data.cohort_files import bags_of_slides, read_cohort
 from survfuse.data.splits import read_splits
 
@@ -192,6 +193,22 @@ def test_a_patient_without_any_outcome_is_dropped(files):
     assert cohort.event.tolist() == [True, True]
 
 
+def test_a_patient_without_any_outcome_is_kept_to_be_scored(files):
+    table, _ = files
+    table.write_text(TABLE.replace("p2,s3.svs,20,1,", "p2,s3.svs,,,"))
+    cohort = read_cohort(table, missing_outcome="keep")
+    assert cohort.unknown_outcome
+    assert cohort.unit_ids == ("p1", "p2", "p3")
+    assert np.isnan(cohort.time).tolist() == [False, True, False]
+    assert cohort.event.tolist() == [True, False, True]
+    assert cohort.notes[-1] == "1 rows have no known OS"
+    assert cohort.summary()["median_time"] > 0
+    with pytest.raises(ValueError, match="a survival time must be known"):
+        cohort.prepare([0, 2])
+    state = read_cohort(table, missing_outcome="drop").prepare(None, n_bins=2).state
+    assert PreparedCohort.from_state(cohort, state).labels.tolist()[1] == -1
+
+
 def test_wrong_choices_name_the_nearest(files):
     table, _ = files
     with pytest.raises(ValueError, match=r"unknown rows 'patient'; did you mean 'patients'"):
@@ -200,8 +217,8 @@ def test_wrong_choices_name_the_nearest(files):
         read_cohort(table, tables="bytype")
     with pytest.raises(ValueError, match=r"needs a file of gene groups"):
         read_cohort(table, tables="signatures")
-    with pytest.raises(ValueError, match=r"missing_outcome is 'keep'"):
-        read_cohort(table, missing_outcome="keep")
+    with pytest.raises(ValueError, match=r"missing_outcome is 'zero'"):
+        read_cohort(table, missing_outcome="zero")
     with pytest.raises(FileNotFoundError, match=r"missing\.csv does not exist"):
         read_cohort(table.with_name("missing.csv"))
 

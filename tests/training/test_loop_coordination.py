@@ -18,10 +18,10 @@ from survfuse.models.heads import TaskHeads
 from survfuse.models.mean_pool import MeanPoolConfig
 from survfuse.models.registry import MODELS
 from survfuse.training import ConfigError, fit, load_config, resume
+from survfuse.training.baselines import baseline_config
 from survfuse.training.config import CoordinationConfig, TrainConfig
 from survfuse.training.config_files import dump_config
 from survfuse.training.loop_coordination import LoopCoordination
-from survfuse.training.run import baseline_config
 
 
 class TwoBranches(FusionModel):

@@ -90,6 +90,38 @@ def test_survpath_has_expression_and_specific_survival(shared_data: Path) -> Non
     assert len(plan_folds(config, cohort, None)) == 5
 
 
+def test_patches_and_groups_are_those_that_were_asked_for(tmp_path: Path) -> None:
+    data = {"simulation": SIZES, "patches": {"fraction": 0.1}, "groups": str(tmp_path / "g.csv")}
+    with pytest.raises(FileNotFoundError, match=r"g\.csv"):
+        load_cohort(small_config(data=data))
+    (tmp_path / "g.csv").write_text("first,second\nG01,M01\nG02,\n")
+    cohort = load_cohort(small_config(data=data)).cohort
+    assert cohort.modalities["genes"].groups == {"first": ("G01", "G02"), "second": ("M01",)}
+    assert set(cohort.modalities["slides"].n_patches) == {102}
+    genes = small_config(data={**data, "modalities": ["genes"]})
+    assert not any("random" in note for note in load_cohort(genes).cohort.notes)
+    (tmp_path / "g.csv").write_text("first\nTP53\n")
+    with pytest.raises(ConfigError, match=r"data\.groups: no gene of .*g\.csv"):
+        load_cohort(small_config(data=data))
+    # what a trained model reads was frozen with it
+    external = load_cohort(small_config(data=data), external=True).cohort
+    assert set(external.modalities["genes"].groups) == {"tumor", "microenvironment"}
+    with pytest.raises(ConfigError, match=r"data\.folder is not set"):
+        load_cohort(small_config(data={**data, "groups": "families"}))
+
+
+@pytest.mark.parametrize(
+    ("source", "groups", "sizes"),
+    [("tcga_omics", "families", [6, 6, 6]), ("survpath", "hallmarks", [50])],
+)
+def test_groups_by_name_are_read_below_the_folder(
+    source: str, groups: str, sizes: list[int], shared_data: Path
+) -> None:
+    data = {"source": source, "folder": str(shared_data), "cohort": "blca", "groups": groups}
+    cohort = load_cohort(small_config(data=data, protocol={"split": "published"})).cohort
+    assert [len(table.groups) for table in cohort.modalities.values()] == sizes
+
+
 def test_real_slides_go_all_the_way_through(shared_data: Path, tmp_path: Path) -> None:
     pytest.importorskip("openslide", reason="encoding slides needs openslide")
     config = small_config(
@@ -107,3 +139,12 @@ def test_real_slides_go_all_the_way_through(shared_data: Path, tmp_path: Path) -
     risk = np.concatenate([fold.test.risk for fold in result.predictions.folds])
     assert np.isfinite(risk).all()
     assert risk.std() > 0
+
+
+def test_classes_of_patients_to_be_scored_are_not_read() -> None:
+    config = small_config(
+        data={"simulation": SIZES}, tasks={"dx": {"kind": "classes", "target": "nowhere"}}
+    )
+    with pytest.raises(ConfigError, match=r"tasks\.dx\.target"):
+        load_cohort(config)
+    assert load_cohort(config, external=True).cohort.targets == {}

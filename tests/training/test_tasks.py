@@ -94,6 +94,14 @@ def run(config: TrainConfig, out: Path, whole: Cohort | None = None, **more: Any
             {"tasks": CLASSES, "evaluation": {"baselines": ["elastic_net_cox"]}},
             'holds "elastic_net_cox", which knows survival only, but tasks has none',
         ),
+        (
+            {"tasks": CLASSES, "evaluation": {"baselines": ["unimodal_by_patient"]}},
+            'holds "unimodal_by_patient", which knows survival only, but tasks has none',
+        ),
+        (
+            {"tasks": CLASSES, "evaluation": {"missing": ["half"]}},
+            r"evaluation\.missing is set, which compares risks, but tasks has none",
+        ),
     ],
 )
 def test_wrong_tasks_are_named(sections: dict[str, Any], said: str) -> None:
