@@ -6,8 +6,8 @@ All four answer alike: `kind`, `channels`, `present`, `len()`, `subset(rows)`, a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol, get_args
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 from survfuse.batch import ArrayBatch, BagBatch, GraphBatch, TableBatch
 from survfuse.data.bags import Bags
 from survfuse.data.names import shorten
+from survfuse.data.neighbourhood import with_neighbourhood
 
 Rows = NDArray[np.int64]
 Device = torch.device | str | None
@@ -110,11 +111,14 @@ class BagModality:
     Attributes:
         bags: the stored bags, one per slide.
         groups: per row the indices of its bags; () where the row has none.
+        neighbourhood: above 0, each patch carries the mean features of the patches at most so many
+            cells away behind its own; bags need coordinates then, and batches are copies.
     """
 
     kind: ClassVar[str] = "bag"
     bags: BagSource
     groups: tuple[tuple[int, ...], ...]
+    neighbourhood: int = 0
 
     def __post_init__(self) -> None:
         if not hasattr(self.bags, "batch"):
@@ -139,8 +143,8 @@ class BagModality:
 
     @property
     def channels(self) -> int:
-        """Features per patch, D."""
-        return self.bags.width
+        """Features per patch, D, those of its neighbourhood included."""
+        return self.bags.width * (2 if self.neighbourhood else 1)
 
     @property
     def present(self) -> NDArray[np.bool_]:
@@ -154,13 +158,28 @@ class BagModality:
         return np.array([sum(lengths[i] for i in group) for group in self.groups], dtype=np.int64)
 
     def subset(self, rows: Rows) -> BagModality:
-        return BagModality(self.bags, tuple(self.groups[i] for i in rows))
+        return replace(self, groups=tuple(self.groups[i] for i in rows))
 
-    def batch(self, rows: Rows, *, device: Device = None) -> BagBatch:
-        """One bag per row: the stored matrix and ranges into it where no copy is needed."""
+    def batch(
+        self,
+        rows: Rows,
+        *,
+        device: Device = None,
+        change: Callable[[BagBatch], BagBatch] | None = None,
+    ) -> BagBatch:
+        """One bag per row: the stored matrix and ranges into it where no copy is needed.
+
+        Args:
+            rows: of the cohort.
+            device: where the batch goes.
+            change: what is done to the patches before neighbourhoods are taken.
+        """
         lengths = self.bags.lengths
         groups = [[i for i in self.groups[row] if lengths[i] > 0] for row in rows]
-        return self.bags.batch(groups, device=device)
+        batch = self.bags.batch(groups, device=device)
+        if change is not None:
+            batch = change(batch)
+        return with_neighbourhood(batch, self.neighbourhood) if self.neighbourhood else batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -323,6 +342,7 @@ def matching_modality(
     *,
     features: tuple[str, ...] = (),
     axes: Sequence[int] = (1,),
+    neighbourhood: int = 0,
 ) -> Source:
     """A cohort's modality as a trained model reads it; absent from every row where there is none.
 
@@ -334,6 +354,7 @@ def matching_modality(
         n_rows: rows of the cohort.
         features: columns of a table.
         axes: spatial shape of an absent array.
+        neighbourhood: of bags, as in training.
 
     Raises:
         ValueError: it is of another kind or width, or a table that lacks a column.
@@ -344,6 +365,8 @@ def matching_modality(
         return matching_table(source, name, features, n_rows)
     if source is None:
         return absent(kind, channels, n_rows, axes=axes)
+    if isinstance(source, BagModality):
+        source = replace(source, neighbourhood=neighbourhood)
     if source.channels != channels:
         raise ValueError(
             f"modality {name!r} has {source.channels} channels; it must have {channels}, "

@@ -5,26 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from survfuse.batch import BagBatch, Batch, Modality, TableBatch
+from survfuse.batch import BagBatch, Modality, TableBatch
 from survfuse.ragged import Ragged
 from survfuse.training.config import AugmentConfig
 
 
-def augment(batch: Batch, settings: AugmentConfig) -> Batch:
-    """The batch with patches and columns left out and slides shifted, drawn anew at every call.
+def augment(modality: Modality, *, settings: AugmentConfig) -> Modality:
+    """A modality with patches or columns left out and slides shifted, drawn anew at every call.
 
     Random numbers come from torch's global generators, so that a resumed run draws what an
     undisturbed one would have.
 
     Args:
-        batch: of training rows.
+        modality: of a batch of training rows. Arrays and graphs stay as they are.
         settings: how much of what.
     """
-    inputs = {name: _augmented(modality, settings) for name, modality in batch.inputs.items()}
-    return batch._replace(inputs=inputs)
-
-
-def _augmented(modality: Modality, settings: AugmentConfig) -> Modality:
     if isinstance(modality, TableBatch) and settings.table_dropout:
         # the remaining columns grow, so that sums over them keep their size
         values = torch.nn.functional.dropout(modality.values, settings.table_dropout)

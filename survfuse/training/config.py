@@ -55,12 +55,15 @@ class PatchesConfig:
         shuffle_coords: deal the coordinates out anew among the patches of each bag, a negative
             control for models that read where patches lie.
         seed: of both draws.
+        neighbourhood: above 0, the mean features of the patches at most so many cells away stand
+            behind each patch's own; slides need coordinates.
     """
 
     __pydantic_config__ = _STRICT
     fraction: float = 1.0
     shuffle_coords: bool = False
     seed: int = 0
+    neighbourhood: int = 0
 
 
 @dataclass(frozen=True)

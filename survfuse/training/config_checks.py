@@ -240,6 +240,7 @@ def _check_coordination(config: TrainConfig) -> None:
 def _check_numbers(config: TrainConfig) -> None:
     loss, training, simulation = config.loss, config.training, config.data.simulation
     at_least = [
+        ("data.patches.neighbourhood", config.data.patches.neighbourhood, 0),
         ("protocol.n_folds", config.protocol.n_folds, 2),
         ("protocol.n_bins", config.protocol.n_bins, 2),
         ("protocol.min_inner_events", config.protocol.min_inner_events, 1),

@@ -12,7 +12,8 @@ from survfuse.training.model import build_model
 from survfuse.training.run_folder import FoldFolder, RunFolder, RunFolderError, read_json
 
 if TYPE_CHECKING:
-    from survfuse.data.cohort import Cohort, PreparedCohort
+    from survfuse.data.cohort import Cohort
+    from survfuse.data.prepared import PreparedCohort
 
 
 class FoldModel(NamedTuple):
@@ -34,7 +35,7 @@ def load_fold(
         RunFolderError: the fold is not finished, or its model has no weights.
         ValueError: the cohort lacks a column that the model needs, or all its modalities.
     """
-    from survfuse.data.cohort import PreparedCohort
+    from survfuse.data.prepared import PreparedCohort
 
     record = files.done
     if record is None or not files.weights.is_file():

@@ -12,7 +12,8 @@ from survfuse.training.config import TrainConfig
 from survfuse.training.config_files import ConfigError
 
 if TYPE_CHECKING:
-    from survfuse.data.cohort import Cohort, PreparedCohort
+    from survfuse.data.cohort import Cohort
+    from survfuse.data.prepared import PreparedCohort
     from survfuse.models.cox import CoxRegression
 
 CLINICAL = ("age", "is_female")

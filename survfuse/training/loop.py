@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from survfuse.training.task_losses import TaskLosses, c_index, risk_of, scores, 
 from survfuse.training.tasks import survival_task, tasks_of
 
 if TYPE_CHECKING:
-    from survfuse.data.cohort import PreparedCohort
+    from survfuse.data.prepared import PreparedCohort
 
 
 class TrainingError(RuntimeError):
@@ -186,8 +187,9 @@ def _step(state: _LoopState, window: list[np.ndarray]) -> None:
     )
     state.optimizer.zero_grad(set_to_none=True)
     n_rows = sum(len(rows) for rows in window)
+    change = partial(augment, settings=config.training.augment)
     for rows in window:
-        batch = augment(task.prepared.batch(rows, device=task.device), config.training.augment)
+        batch = task.prepared.batch(rows, device=task.device, change=change)
         logits, auxiliary = forward(task.model, batch, config, task.device)
         losses = state.losses.of_batch(logits, batch)
         _record_batch(state, rows, losses, logits)

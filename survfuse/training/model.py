@@ -18,7 +18,7 @@ from survfuse.training.loop_coordination import check_branches
 from survfuse.training.tasks import outputs_of
 
 if TYPE_CHECKING:
-    from survfuse.data.cohort import PreparedCohort
+    from survfuse.data.prepared import PreparedCohort
 
 NEURAL = tuple(MODELS)
 # what follows from the data and the tasks

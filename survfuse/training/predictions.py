@@ -33,7 +33,8 @@ from survfuse.training.tasks import class_tasks, survival_task
 if TYPE_CHECKING:
     import pandas as pd
 
-    from survfuse.data.cohort import Cohort, PreparedCohort
+    from survfuse.data.cohort import Cohort
+    from survfuse.data.prepared import PreparedCohort
 
 
 def fold_name(seed: int, fold: int) -> str:

@@ -49,7 +49,8 @@ from survfuse.training.sources import LoadedCohort, load_cohort, shape_cohort
 from survfuse.training.tasks import check_known, with_targets
 
 if TYPE_CHECKING:
-    from survfuse.data.cohort import Cohort, PreparedCohort
+    from survfuse.data.cohort import Cohort
+    from survfuse.data.prepared import PreparedCohort
 
 
 @dataclass(frozen=True)

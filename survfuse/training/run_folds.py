@@ -32,7 +32,8 @@ from survfuse.training.seeds import fold_seed, seed_everything
 from survfuse.training.tasks import survival_task
 
 if TYPE_CHECKING:
-    from survfuse.data.cohort import Cohort, PreparedCohort
+    from survfuse.data.cohort import Cohort
+    from survfuse.data.prepared import PreparedCohort
 
 Progress = Callable[[dict[str, Any]], None]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -86,6 +87,14 @@ def shape_cohort(data: DataConfig, cohort: Cohort, *, external: bool = False) ->
         except ValueError as error:
             raise ConfigError(f"data.modalities: {error}") from None
     patches = data.patches
+    if patches.neighbourhood:
+        modalities = {
+            name: dataclasses.replace(source, neighbourhood=patches.neighbourhood)
+            if source.kind == "bag"
+            else source
+            for name, source in cohort.modalities.items()
+        }
+        cohort = dataclasses.replace(cohort, modalities=modalities)
     if patches.fraction == 1 and not patches.shuffle_coords:
         return cohort
     from survfuse.data.patch_subset import with_patch_subset

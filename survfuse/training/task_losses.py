@@ -23,7 +23,8 @@ from survfuse.training.losses import class_weights_of, cox_loss, nll_loss, risk_
 from survfuse.training.tasks import survival_task, tasks_of
 
 if TYPE_CHECKING:
-    from survfuse.data.cohort import Cohort, PreparedCohort
+    from survfuse.data.cohort import Cohort
+    from survfuse.data.prepared import PreparedCohort
 
 
 class TaskLosses:

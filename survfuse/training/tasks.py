@@ -12,7 +12,8 @@ from survfuse.extras import require
 from survfuse.training.config import TaskConfig, TrainConfig
 
 if TYPE_CHECKING:
-    from survfuse.data.cohort import Cohort, PreparedCohort
+    from survfuse.data.cohort import Cohort
+    from survfuse.data.prepared import PreparedCohort
     from survfuse.data.splits import Split
     from survfuse.data.targets import ClassTarget
 

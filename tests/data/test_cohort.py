@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from survfuse.data.bags import Bags
-from survfuse.data.cohort import Cohort, PreparedCohort
+from survfuse.data.cohort import Cohort
 from survfuse.data.modalities import ArrayModality, BagModality, GraphModality, TableModality
+from survfuse.data.prepared import PreparedCohort
 
 N = 12
 GENES = ("A", "B", "C")

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from survfuse.data.bags import Bags
-from survfuse.data.cohort import PreparedCohort
 from survfuse.data.cohort_files import bags_of_slides, read_cohort
+from survfuse.data.prepared import PreparedCohort
 from survfuse.data.splits import read_splits
 
 

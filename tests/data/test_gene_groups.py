@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from survfuse.data.bags import Bags
-from survfuse.data.cohort import Cohort, PreparedCohort
+from survfuse.data.cohort import Cohort
 from survfuse.data.gene_groups import with_gene_groups
 from survfuse.data.modalities import ArrayModality, BagModality, GraphModality, TableModality
+from survfuse.data.prepared import PreparedCohort
 from survfuse.data.simulate import simulate_cohort
 from survfuse.data.withhold import withhold_rows
 

@@ -13,10 +13,10 @@ import torch
 
 from survfuse.batch import Batch
 from survfuse.data import ClassTarget, Cohort
-from survfuse.data.cohort import PreparedCohort
 from survfuse.data.cohort_files import read_cohort
 from survfuse.data.glioma import glioma_diagnosis, glioma_grade
 from survfuse.data.modalities import TableModality
+from survfuse.data.prepared import PreparedCohort
 from survfuse.training.identity import fingerprint
 
 

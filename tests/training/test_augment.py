@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,11 @@ import torch
 from training_cases import given_split, small_cohort, small_config
 
 from survfuse import Ragged
-from survfuse.batch import BagBatch, Batch, TableBatch
-from survfuse.training import fit
+from survfuse.batch import BagBatch, TableBatch
+from survfuse.data.bags import Bags
+from survfuse.data.modalities import BagModality
+from survfuse.data.simulate import simulate_cohort
+from survfuse.training import fit, predict
 from survfuse.training.augment import augment, drop_patches
 from survfuse.training.config import AugmentConfig
 
@@ -23,12 +27,6 @@ def bags(lengths: list[int]) -> BagBatch:
     n = sum(lengths) + 3
     features = torch.arange(n * 2.0).view(n, 2)
     return BagBatch(features, ragged, ragged.lengths > 0, torch.arange(n * 2).view(n, 2))
-
-
-def batch() -> Batch:
-    inputs = {"slides": bags([40, 0, 1]), "genes": TableBatch(torch.ones(3, 50), torch.ones(3) > 0)}
-    rest = torch.zeros(3)
-    return Batch(inputs, rest, rest > 0, rest.long(), rest.long())
 
 
 def test_each_bag_keeps_its_share_of_distinct_patches_of_its_own() -> None:
@@ -51,32 +49,29 @@ def test_each_bag_keeps_its_share_of_distinct_patches_of_its_own() -> None:
 
 
 def test_a_slide_moves_as_a_whole_and_tables_lose_columns() -> None:
-    given = batch()
-    changed = augment(given, AugmentConfig(slide_shift=0.5, table_dropout=0.4))
-    slides, before = changed.inputs["slides"], given.inputs["slides"].features[3:]
-    moved = slides.features - before
+    settings = AugmentConfig(slide_shift=0.5, table_dropout=0.4)
+    given = bags([40, 0, 1])
+    slides = augment(given, settings=settings)
+    moved = slides.features - given.features[3:]
     torch.testing.assert_close(moved[:40], moved[:1].expand(40, -1), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(moved[0], moved[40])
     assert slides.ragged.lengths.tolist() == [40, 0, 1]
-    values = changed.inputs["genes"].values
+    values = augment(TableBatch(torch.ones(3, 50), torch.ones(3) > 0), settings=settings).values
     assert set(values.unique().tolist()) == {0.0, float(torch.tensor(1 / 0.6))}
     assert 30 < int((values == 0).sum()) < 90
 
 
 def test_nothing_asked_changes_nothing() -> None:
-    given = batch()
-    same = augment(given, AugmentConfig())
-    assert all(same.inputs[name] is given.inputs[name] for name in given.inputs)
+    for given in (bags([4, 2]), TableBatch(torch.ones(3, 5), torch.ones(3) > 0)):
+        assert augment(given, settings=AugmentConfig()) is given
 
 
 def test_empty_bags_and_other_types() -> None:
     settings = AugmentConfig(patch_dropout=0.5, slide_shift=1.0)
-    given = batch()
-    empty = given._replace(inputs={"slides": bags([0, 0])})
-    assert augment(empty, settings).inputs["slides"].ragged.total == 0
+    assert augment(bags([0, 0]), settings=settings).ragged.total == 0
     half = bags([4, 2])
     half = half._replace(features=half.features.bfloat16(), coords=None)
-    found = augment(given._replace(inputs={"slides": half}), settings).inputs["slides"]
+    found = augment(half, settings=settings)
     assert found.features.dtype == torch.bfloat16
     assert found.coords is None
 
@@ -90,6 +85,34 @@ def test_training_differs_and_testing_does_not_draw(tmp_path: Path, name: str) -
         risks.append(result.predictions.folds[0].test.risk)
     assert not np.array_equal(risks[0], risks[1])
     np.testing.assert_array_equal(risks[0], risks[2])
+
+
+def test_neighbourhoods_are_those_of_the_patches_that_are_left() -> None:
+    cells = torch.arange(64)
+    coords = torch.stack([cells % 8, cells // 8], 1) * 256
+    stored = Bags(torch.randn(64, 2), [64], ["a"], coords=coords)
+    modality = BagModality(stored, ((0,), ()), neighbourhood=7)
+    change = partial(augment, settings=AugmentConfig(patch_dropout=0.5))
+    found = modality.batch(np.array([0, 1]), change=change)
+    assert found.features.shape == (32, 4)
+    # of a square as large as the slide the mean is that of all patches
+    kept = found.features[:, :2].mean(0).expand(32, -1)
+    torch.testing.assert_close(found.features[:, 2:], kept)
+    assert modality.channels == 4
+
+
+def test_a_trained_model_finds_neighbourhoods_in_new_cohorts(tmp_path: Path) -> None:
+    config = small_config(
+        data={
+            "simulation": {"n_train": 30, "n_inner": 10, "n_test": 10},
+            "patches": {"neighbourhood": 2},
+        }
+    )
+    fit(config, tmp_path / "run")
+    # the cohort itself knows nothing of it
+    new = simulate_cohort(n_patients=(4, 0, 0), seed=5).cohort
+    assert new.channels()["slides"] == ("bag", 16)
+    assert len(predict(tmp_path / "run", new)) == 4
 
 
 @pytest.mark.parametrize(
