@@ -6,7 +6,7 @@ All four answer alike: `kind`, `channels`, `present`, `len()`, `subset(rows)`, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol, get_args
 
@@ -15,13 +15,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from survfuse.batch import ArrayBatch, BagBatch, GraphBatch, TableBatch
+from survfuse.batch import ArrayBatch, BagBatch, GraphBatch, Modality, TableBatch
 from survfuse.data.bags import Bags
 from survfuse.data.names import shorten
 from survfuse.data.neighbourhood import with_neighbourhood
 
 Rows = NDArray[np.int64]
 Device = torch.device | str | None
+
+
+class Change(Protocol):
+    """What training does to a batch, such as leaving patches out."""
+
+    def before(self, modality: Modality) -> Modality: ...
+
+    def after(self, modality: Modality) -> Modality: ...
 
 
 class BagSource(Protocol):
@@ -165,21 +173,23 @@ class BagModality:
         rows: Rows,
         *,
         device: Device = None,
-        change: Callable[[BagBatch], BagBatch] | None = None,
+        change: Change | None = None,
     ) -> BagBatch:
         """One bag per row: the stored matrix and ranges into it where no copy is needed.
 
         Args:
             rows: of the cohort.
             device: where the batch goes.
-            change: what is done to the patches before neighbourhoods are taken.
+            change: what is done to the patches before and after neighbourhoods are taken.
         """
         lengths = self.bags.lengths
         groups = [[i for i in self.groups[row] if lengths[i] > 0] for row in rows]
         batch = self.bags.batch(groups, device=device)
         if change is not None:
-            batch = change(batch)
-        return with_neighbourhood(batch, self.neighbourhood) if self.neighbourhood else batch
+            batch = change.before(batch)
+        if self.neighbourhood:
+            batch = with_neighbourhood(batch, self.neighbourhood)
+        return batch if change is None else change.after(batch)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from survfuse.batch import Batch, Modality, TableBatch
+from survfuse.batch import Batch, TableBatch
 from survfuse.data.labels import assign_bins, row_indices
 from survfuse.data.modalities import (
     ArrayModality,
     BagModality,
+    Change,
     group_numbers,
     matching_modality,
 )
@@ -112,7 +113,7 @@ class PreparedCohort:
         rows: ArrayLike | Tensor,
         device: torch.device | str = "cpu",
         *,
-        change: Callable[[Modality], Modality] | None = None,
+        change: Change | None = None,
     ) -> Batch:
         """The rows `rows` as a model reads them; the same rows give the same batch.
 
@@ -122,7 +123,7 @@ class PreparedCohort:
         Args:
             rows: [B] row numbers or a mask; repeats allowed.
             device: where the batch goes.
-            change: what is done to tables, and to bags before neighbourhoods are taken.
+            change: what is done to tables and bags, before and after neighbourhoods are taken.
 
         Raises:
             ValueError: a row number is out of range.
@@ -134,7 +135,7 @@ class PreparedCohort:
             if name in self._tables:
                 table = self._tables[name]
                 found = TableBatch(table.values[index], table.present[index]).to(device)
-                inputs[name] = found if change is None else change(found)
+                inputs[name] = found if change is None else change.after(change.before(found))
             elif isinstance(source := self.cohort.modalities[name], BagModality):
                 inputs[name] = source.batch(rows, device=device, change=change)
             else:

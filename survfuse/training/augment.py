@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,26 +12,30 @@ from survfuse.ragged import Ragged
 from survfuse.training.config import AugmentConfig
 
 
-def augment(modality: Modality, *, settings: AugmentConfig) -> Modality:
-    """A modality with patches or columns left out and slides shifted, drawn anew at every call.
+class Augmentation(NamedTuple):
+    """Random changes to the modalities of training batches, drawn anew at every call.
 
     Random numbers come from torch's global generators, so that a resumed run draws what an
-    undisturbed one would have.
-
-    Args:
-        modality: of a batch of training rows. Arrays and graphs stay as they are.
-        settings: how much of what.
+    undisturbed one would have. Arrays and graphs stay as they are.
     """
-    if isinstance(modality, TableBatch) and settings.table_dropout:
-        # the remaining columns grow, so that sums over them keep their size
-        values = torch.nn.functional.dropout(modality.values, settings.table_dropout)
-        return modality._replace(values=values)
-    if isinstance(modality, BagBatch):
-        if settings.patch_dropout:
-            modality = drop_patches(modality, settings.patch_dropout)
-        if settings.slide_shift:
-            modality = _shifted(modality, settings.slide_shift)
-    return modality
+
+    settings: AugmentConfig
+
+    def before(self, modality: Modality) -> Modality:
+        """What is done before the neighbourhoods of patches are taken, which share it."""
+        if isinstance(modality, TableBatch) and self.settings.table_dropout:
+            # the remaining columns grow, so that sums over them keep their size
+            values = torch.nn.functional.dropout(modality.values, self.settings.table_dropout)
+            return modality._replace(values=values)
+        if isinstance(modality, BagBatch) and self.settings.slide_shift:
+            return shift_slides(modality, self.settings.slide_shift)
+        return modality
+
+    def after(self, modality: Modality) -> Modality:
+        """What is done behind that: a patch that is left out is still in the means of others."""
+        if isinstance(modality, BagBatch) and self.settings.patch_dropout:
+            return drop_patches(modality, self.settings.patch_dropout)
+        return modality
 
 
 def drop_patches(batch: BagBatch, fraction: float) -> BagBatch:
@@ -50,7 +56,7 @@ def drop_patches(batch: BagBatch, fraction: float) -> BagBatch:
     return batch._replace(features=batch.features[row], ragged=ragged, coords=coords)
 
 
-def _shifted(batch: BagBatch, size: float) -> BagBatch:
+def shift_slides(batch: BagBatch, size: float) -> BagBatch:
     """Every patch of a bag moved by one random vector, as another scanner or stain would."""
     ragged, features = batch.ragged, batch.features
     if ragged.total == 0:

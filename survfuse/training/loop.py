@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from survfuse.batch import Batch
-from survfuse.training.augment import augment
+from survfuse.training.augment import Augmentation
 from survfuse.training.checkpoint import (
     EarlyStopping,
     Progress,
@@ -187,7 +186,7 @@ def _step(state: _LoopState, window: list[np.ndarray]) -> None:
     )
     state.optimizer.zero_grad(set_to_none=True)
     n_rows = sum(len(rows) for rows in window)
-    change = partial(augment, settings=config.training.augment)
+    change = Augmentation(config.training.augment)
     for rows in window:
         batch = task.prepared.batch(rows, device=task.device, change=change)
         logits, auxiliary = forward(task.model, batch, config, task.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from survfuse.data.bags import Bags
 from survfuse.data.modalities import BagModality
 from survfuse.data.simulate import simulate_cohort
 from survfuse.training import fit, predict
-from survfuse.training.augment import augment, drop_patches
+from survfuse.training.augment import Augmentation, drop_patches
 from survfuse.training.config import AugmentConfig
 
 
@@ -51,27 +50,29 @@ def test_each_bag_keeps_its_share_of_distinct_patches_of_its_own() -> None:
 def test_a_slide_moves_as_a_whole_and_tables_lose_columns() -> None:
     settings = AugmentConfig(slide_shift=0.5, table_dropout=0.4)
     given = bags([40, 0, 1])
-    slides = augment(given, settings=settings)
+    slides = Augmentation(settings).before(given)
     moved = slides.features - given.features[3:]
     torch.testing.assert_close(moved[:40], moved[:1].expand(40, -1), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(moved[0], moved[40])
     assert slides.ragged.lengths.tolist() == [40, 0, 1]
-    values = augment(TableBatch(torch.ones(3, 50), torch.ones(3) > 0), settings=settings).values
+    values = Augmentation(settings).before(TableBatch(torch.ones(3, 50), torch.ones(3) > 0)).values
     assert set(values.unique().tolist()) == {0.0, float(torch.tensor(1 / 0.6))}
     assert 30 < int((values == 0).sum()) < 90
 
 
 def test_nothing_asked_changes_nothing() -> None:
     for given in (bags([4, 2]), TableBatch(torch.ones(3, 5), torch.ones(3) > 0)):
-        assert augment(given, settings=AugmentConfig()) is given
+        nothing = Augmentation(AugmentConfig())
+        assert nothing.after(nothing.before(given)) is given
 
 
 def test_empty_bags_and_other_types() -> None:
     settings = AugmentConfig(patch_dropout=0.5, slide_shift=1.0)
-    assert augment(bags([0, 0]), settings=settings).ragged.total == 0
+    change = Augmentation(settings)
+    assert change.after(change.before(bags([0, 0]))).ragged.total == 0
     half = bags([4, 2])
     half = half._replace(features=half.features.bfloat16(), coords=None)
-    found = augment(half, settings=settings)
+    found = change.after(change.before(half))
     assert found.features.dtype == torch.bfloat16
     assert found.coords is None
 
@@ -87,17 +88,21 @@ def test_training_differs_and_testing_does_not_draw(tmp_path: Path, name: str) -
     np.testing.assert_array_equal(risks[0], risks[2])
 
 
-def test_neighbourhoods_are_those_of_the_patches_that_are_left() -> None:
+def test_neighbourhoods_are_those_of_all_patches_and_move_with_them() -> None:
     cells = torch.arange(64)
     coords = torch.stack([cells % 8, cells // 8], 1) * 256
     stored = Bags(torch.randn(64, 2), [64], ["a"], coords=coords)
     modality = BagModality(stored, ((0,), ()), neighbourhood=7)
-    change = partial(augment, settings=AugmentConfig(patch_dropout=0.5))
+    change = Augmentation(AugmentConfig(patch_dropout=0.5, slide_shift=0.3))
     found = modality.batch(np.array([0, 1]), change=change)
     assert found.features.shape == (32, 4)
-    # of a square as large as the slide the mean is that of all patches
-    kept = found.features[:, :2].mean(0).expand(32, -1)
-    torch.testing.assert_close(found.features[:, 2:], kept)
+    # a square as large as the slide holds every patch, those left out as well
+    moved = (
+        found.features[0, :2]
+        - stored.features[found.coords[0, 1] // 32 + found.coords[0, 0] // 256]
+    )
+    mean = (stored.features.mean(0) + moved).expand(32, -1)
+    torch.testing.assert_close(found.features[:, 2:], mean)
     assert modality.channels == 4
 
 
