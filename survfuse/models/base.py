@@ -85,7 +85,9 @@ class FusionModel(nn.Module):
             for name, batch in inputs.items():
                 # withheld by its mask: the rest of the batch is the very same
                 rest = {**inputs, name: withhold(batch)}
-                effects[name] = full - score(self._logits(rest, task))
+                effect = full - score(self._logits(rest, task))
+                # by selection: other batches round otherwise, where nothing was withheld
+                effects[name] = torch.where(_has(batch), effect, 0.0)
         return effects
 
     def gradient_importance(
@@ -131,6 +133,11 @@ def withhold(batch: Modality) -> Modality:
         empty = batch.ragged._replace(lengths=none, total=0, max_length=0)
         batch = batch._replace(ragged=empty)
     return batch._replace(present=torch.zeros_like(batch.present))
+
+
+def _has(batch: Modality) -> Tensor:
+    """[B] bool; a bag or graph without rows is an absent one."""
+    return batch.present & (batch.ragged.lengths > 0) if hasattr(batch, "ragged") else batch.present
 
 
 @contextmanager

@@ -31,7 +31,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "cmta": {**_ENCODERS, "patch_widths": (7,), "landmarks": 3},
     "perceiver": {**_LATENTS, "token_dim": 5, "expansion": 2},
     "multimodn": {"state_dim": 5, "encoder_widths": (6,), "decoder_widths": (4,)},
-    "late_fusion": {"dim": 6, "rank": 3, "hidden": 5, "patch_dim": 7, "attention_hidden": 3},
+    "late_fusion": {"dim": 6, "rank": 3, "hidden": 12, "patch_dim": 7, "attention_hidden": 3},
     "abmil": {"dim": 8, "hidden": 4},
     "transmil": {"dim": 8, "heads": 2, "head_dim": 4, "landmarks": 3, "residual_kernel": 3},
     "snn": {"widths": (6, 5)},
@@ -161,3 +161,18 @@ def assert_same(
     for task, logits in expected.logits.items():
         wanted = logits if samples is None else logits[samples]
         torch.testing.assert_close(found.logits[task], wanted, rtol=1e-5, atol=1e-6)
+
+
+def assert_equal(found: ModelOutput, expected: ModelOutput) -> None:
+    """The same logits to the last bit."""
+    for task, logits in expected.logits.items():
+        assert torch.equal(found.logits[task], logits), task
+
+
+def as_type(inputs: dict[str, Modality], dtype: torch.dtype) -> dict[str, Modality]:
+    """The batch with tables and features of another type."""
+    found: dict[str, Modality] = {}
+    for name, batch in inputs.items():
+        field = "values" if isinstance(batch, TableBatch) else "features"
+        found[name] = batch._replace(**{field: getattr(batch, field).to(dtype)})
+    return found
