@@ -20,9 +20,19 @@ class FusionModel(nn.Module):
     A subclass names its configuration, is built from one alone, and implements `forward` and
     `patch_attention`. Its configuration has the fields `modalities` (`ModalityConfig` by name) and
     `outputs` (number of logits by task), and `from_preset(name, *, modalities, outputs)`.
+
+    `torch.export.export(model, (inputs,), strict=False)` captures a model, with the numbers of
+    samples, of patches and of the longest bag (`Ragged.total`, `Ragged.max_length`) fixed or
+    `Dim.DYNAMIC`, unless `export_obstacle` says why it does not. Values are not checked in what was
+    captured, and which modalities there are is fixed.
+
+    Attributes:
+        config_class: of the configuration.
+        export_obstacle: what the host must read of a batch that a captured graph cannot; or None.
     """
 
     config_class: ClassVar[type]
+    export_obstacle: ClassVar[str | None] = None
     config: Any
 
     @classmethod
