@@ -18,7 +18,9 @@ class BagBatch(NamedTuple):
     """One bag of patch features per sample, packed."""
 
     features: Tensor  # [T, D]; may hold rows of other samples, which are never read
-    ragged: Ragged  # one range per sample, length 0 where the bag is absent
+    # one range per sample, length 0 where the bag is absent. Rows of a bag that `present` alone
+    # denies have no say; away from the CPU they must be finite, as they are multiplied there
+    ragged: Ragged
     present: Tensor  # [B] bool
     coords: Tensor | None = None  # [T, 2] level-0 pixels of each patch's corner
 

@@ -282,12 +282,14 @@ def check_ragged(
     """Raise unless `ragged` is one, beside an argument `stored` on `device`, of `n_bags` bags."""
     if not isinstance(ragged, Ragged):
         raise TypeError(f"{name} is {type(ragged).__name__}; it must be a survfuse.Ragged")
-    n_ranges = len(ragged.lengths)
+    # a Ragged made by hand, not by one of its constructors, can hold anything
     for field, tensor in (("starts", ragged.starts), ("lengths", ragged.lengths)):
-        # a Ragged made by hand, not by one of its constructors, can hold anything
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}.{field} is {type(tensor).__name__}; it must be a tensor")
-        if tensor.dtype != torch.int64 or tensor.shape != (n_ranges,):
+    # no len(), which would make their number a constant of an exported graph
+    shape = ragged.lengths.shape
+    for field, tensor in (("starts", ragged.starts), ("lengths", ragged.lengths)):
+        if tensor.dtype != torch.int64 or tensor.dim() != 1 or tensor.shape != shape:
             raise ValueError(
                 f"{name}.{field} is {tensor.dtype} of shape {tuple(tensor.shape)}; both must be "
                 "int64 vectors of one length"

@@ -113,6 +113,7 @@ def normalised_places(
     return query_pos, 2.0 * place / size[of_point, None] - 1.0
 
 
+@torch.compiler.disable
 def equal_counts(points: Ragged) -> list[tuple[Tensor, int]]:
     """Bags that have equally many points, and how many; those without any are left out.
 
@@ -245,6 +246,7 @@ def check_points(points: Tensor) -> None:
         raise ValueError(f"points has shape {tuple(points.shape)}; it must be [..., 2]")
 
 
+@torch.compiler.disable
 def packed_rows(matrix: Tensor, ragged: Ragged) -> Tensor:
     """The rows [total, ...] of all bags in batch order; the matrix itself if it holds just these.
 
@@ -335,11 +337,18 @@ def check_inputs(
     check_grid(grid, query.device, "the query")
     if ragged is not None:
         check_ragged("ragged", ragged, "query", query.device, grid.n_bags)
-        ragged.check(query.shape[0])
     elif grid.n_bags != 1:
         raise ValueError(f"grid has {grid.n_bags} bags; ragged must say which rows they are")
-    if query.device.type == "cpu":
-        grid.check(query.shape[0])
+    _check_rows(query.shape[0], grid, ragged, query.device)
+
+
+# compiled, every number that is read would end a graph
+@torch.compiler.disable
+def _check_rows(n_rows: int, grid: GridIndex, ragged: Ragged | None, device: torch.device) -> None:
+    if ragged is not None:
+        ragged.check(n_rows)
+    if device.type == "cpu":
+        grid.check(n_rows)
 
 
 def check_map(shape: tuple[int, int]) -> None:

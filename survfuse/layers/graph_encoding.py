@@ -11,7 +11,6 @@ from survfuse.ragged import Ragged
 _MAX_STATE = 1 << 24  # numbers held at a time: walkers of a few start nodes, on every node
 
 
-@torch.no_grad()
 def random_walk_encoding(
     edges: Tensor, ragged: Ragged, *, steps: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
@@ -39,6 +38,26 @@ def random_walk_encoding(
         Dwivedi et al., "Graph neural networks with learnable structural and positional
         representations", ICLR 2022, equation 6.
     """
+    return _walk_back(edges, *ragged, steps, dtype)
+
+
+# one operation to a compiler, which cannot say how many different nodes a batch has
+@torch.library.custom_op(
+    "survfuse::random_walk_encoding",
+    mutates_args=(),
+    schema="(Tensor edges, Tensor starts, Tensor lengths, SymInt total, SymInt max_length, "
+    "int steps, ScalarType dtype) -> Tensor",
+)
+def _walk_back(
+    edges: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    total: int,
+    max_length: int,
+    steps: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    ragged = Ragged(starts, lengths, total, max_length)
     rows = packed_rows(ragged)
     if ragged.total == 0 or steps == 0:
         return torch.zeros(ragged.total, steps, dtype=dtype, device=edges.device)
@@ -65,3 +84,8 @@ def random_walk_encoding(
             back = reach.gather(1, column)[:, 0]
             encoding[:, step] = torch.where(own, back, encoding[:, step])
     return encoding[number]
+
+
+@_walk_back.register_fake
+def _(edges, starts, lengths, total, max_length, steps, dtype) -> Tensor:
+    return edges.new_empty((total, steps), dtype=dtype)

@@ -21,6 +21,8 @@ class CoarseCells(NamedTuple):
     ragged: Ragged  # the coarse cells of each bag
 
 
+# whole numbers whose count is read, nothing that a compiler could make faster
+@torch.compiler.disable
 def coarse_cells(
     grid: GridIndex, cells: Tensor, ragged: Ragged, *, stride: int, kernel_size: int
 ) -> CoarseCells:

@@ -276,12 +276,14 @@ class AMMASurv(FusionModel):
         Returns:
             By bag, "pool" and, for every layer with "gp", "layer 0 rna:growth" (table and group):
             weights [total], packed in batch order. The weights of a sample sum to 1, among its
-            patches, and are 0 where it lacks the group.
+            patches, and are 0 where it lacks the group. Nothing without any patch.
         """
         weights: dict[str, Tensor] = {}
         with evaluating(self):
             seen: list[tuple] = []
             patches, _, batch = self._encode(inputs, seen)
+            if not batch.ragged.total:
+                return {}
             for i, (layer, *given) in enumerate(seen):
                 if "gp" in layer.blocks:
                     found = gene_weights(layer, *given)

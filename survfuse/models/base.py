@@ -20,9 +20,19 @@ class FusionModel(nn.Module):
     A subclass names its configuration, is built from one alone, and implements `forward` and
     `patch_attention`. Its configuration has the fields `modalities` (`ModalityConfig` by name) and
     `outputs` (number of logits by task), and `from_preset(name, *, modalities, outputs)`.
+
+    `torch.export.export(model, (inputs,), strict=False)` captures a model, with the numbers of
+    samples, of patches and of the longest bag (`Ragged.total`, `Ragged.max_length`) fixed or
+    `Dim.DYNAMIC`, unless `export_obstacle` says why it does not. Values are not checked in what was
+    captured, and which modalities there are is fixed.
+
+    Attributes:
+        config_class: of the configuration.
+        export_obstacle: what the host must read of a batch that a captured graph cannot; or None.
     """
 
     config_class: ClassVar[type]
+    export_obstacle: ClassVar[str | None] = None
     config: Any
 
     @classmethod
@@ -85,7 +95,9 @@ class FusionModel(nn.Module):
             for name, batch in inputs.items():
                 # withheld by its mask: the rest of the batch is the very same
                 rest = {**inputs, name: withhold(batch)}
-                effects[name] = full - score(self._logits(rest, task))
+                effect = full - score(self._logits(rest, task))
+                # by selection: other batches round otherwise, where nothing was withheld
+                effects[name] = torch.where(_has(batch), effect, 0.0)
         return effects
 
     def gradient_importance(
@@ -131,6 +143,11 @@ def withhold(batch: Modality) -> Modality:
         empty = batch.ragged._replace(lengths=none, total=0, max_length=0)
         batch = batch._replace(ragged=empty)
     return batch._replace(present=torch.zeros_like(batch.present))
+
+
+def _has(batch: Modality) -> Tensor:
+    """[B] bool; a bag or graph without rows is an absent one."""
+    return batch.present & (batch.ragged.lengths > 0) if hasattr(batch, "ragged") else batch.present
 
 
 @contextmanager

@@ -72,6 +72,9 @@ class CMTA(FusionModel):
     """
 
     config_class: ClassVar[type] = CMTAConfig
+    export_obstacle: ClassVar[str | None] = (
+        "sequences are cut out and laid out as squares by their lengths"
+    )
     config: CMTAConfig
 
     def __init__(self, config: CMTAConfig) -> None:

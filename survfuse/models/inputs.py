@@ -15,6 +15,7 @@ from survfuse.layers.fourier import (
     fourier_encode,
     grid_positions,
     index_positions,
+    packed_rows,
 )
 from survfuse.layers.graph_encoding import random_walk_encoding
 from survfuse.models.settings import ModalityConfig
@@ -157,7 +158,24 @@ def _encode_bag(
             places = coordinate_positions(batch.coords, ragged)
             check_places(places, ragged, present)
         features, ragged = append_channels(features, ragged, _encode(places, positions))
+    features, ragged = _without_denied(features, ragged, present)
     return Tokens(features, ragged, present, (ragged.total,))
+
+
+def _without_denied(features: Tensor, ragged: Ragged, present: Tensor) -> tuple[Tensor, Ragged]:
+    """The bags, with zeros in the rows of those that `present` alone denies.
+
+    Such rows may hold anything, and a NaN in them would reach the gradients of what is multiplied
+    with it. They are rare, because an absent bag has length 0: only then is the batch copied. On
+    another device their lengths are not read for it, and rows that hold NaN must have length 0.
+    """
+    if features.device.type != "cpu" or torch.compiler.is_compiling():
+        return features, ragged
+    if not bool((ragged.lengths > 0)[~present].any()):
+        return features, ragged
+    there = present.repeat_interleave(ragged.lengths, output_size=ragged.total)
+    rows = features.index_select(0, packed_rows(ragged))
+    return torch.where(there[:, None], rows, 0.0), ragged.packed()
 
 
 def check_places(places: Tensor, ragged: Ragged, present: Tensor) -> None:
@@ -190,6 +208,7 @@ def _encode_graph(
             batch.edges, ragged, steps=modality.walk_steps, dtype=_position_type(features)
         )
         features, ragged = append_channels(features, ragged, walks)
+    features, ragged = _without_denied(features, ragged, present)
     return Tokens(features, ragged, present, (ragged.total,))
 
 

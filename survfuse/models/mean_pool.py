@@ -7,15 +7,18 @@ fusion model adds is the difference to it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from survfuse.batch import ArrayBatch, BagBatch, GraphBatch, Modality, ModelOutput, TableBatch
+from survfuse.batch import Modality, ModelOutput
+from survfuse.layers.latent_attention import zero_gradients
 from survfuse.models.base import FusionModel
+from survfuse.models.encoders import mean_of_tokens
 from survfuse.models.heads import TaskHeads
+from survfuse.models.inputs import Tokens, encode_inputs
 from survfuse.models.settings import (
     ModalityConfig,
     check_integers,
@@ -23,8 +26,7 @@ from survfuse.models.settings import (
     parse_modalities,
     parse_outputs,
 )
-from survfuse.ops import pool_bag
-from survfuse.pooling import accumulation_type
+from survfuse.ops.backends import check_backend
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class MeanPoolConfig:
         outputs: number of logits by task.
         width: hidden numbers per modality and of the joint layer.
         dropout: probability, after both layers.
+        backend: of the pooling of patches; None for the fastest that can serve the call.
 
     Raises:
         ValueError: a value is out of range.
@@ -47,12 +50,14 @@ class MeanPoolConfig:
     outputs: Mapping[str, int] = field(default_factory=lambda: {"survival": 4})
     width: int = 64
     dropout: float = 0.25
+    backend: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "modalities", parse_modalities(self.modalities))
         object.__setattr__(self, "outputs", parse_outputs(self.outputs))
         check_integers(self, {"width": 1})
         check_probabilities(self, "dropout")
+        check_backend(self.backend)
 
     @classmethod
     def from_preset(
@@ -75,7 +80,7 @@ class MeanPoolConfig:
 class MeanPool(FusionModel):
     """logits = W relu(sum over present modalities of U_m relu(V_m norm(mean x_m)) + b).
 
-    An absent modality adds nothing to the sum.
+    An absent modality adds nothing to the sum: a sample without any gets the readout of relu(b).
     """
 
     config_class: ClassVar[type] = MeanPoolConfig
@@ -86,6 +91,7 @@ class MeanPool(FusionModel):
         self.config = config
         # a module's name may not hold a dot, a modality's may
         self.names = list(config.modalities)
+        self.read = {name: _without_encodings(item) for name, item in config.modalities.items()}
         self.branches = nn.ModuleList(
             nn.Sequential(
                 # columns of a table are standardised already and must keep their own size
@@ -105,22 +111,28 @@ class MeanPool(FusionModel):
         """Logits of a batch.
 
         Args:
-            inputs: one entry for every modality the model was built for.
+            inputs: by modality name. A modality may be absent for some samples (`present`), for
+                all of them, or left out.
 
         Returns:
             logits by task; embeddings per modality and "joint", [B, width].
 
         Raises:
-            KeyError: a modality is missing from `inputs`; absent samples are marked by `present`.
+            ValueError, TypeError: the inputs do not fit the configuration.
         """
+        tokens, n_samples = encode_inputs(inputs, self.read)
         embeddings: dict[str, Tensor] = {}
         for name, branch in zip(self.names, self.branches):
-            if name not in inputs:
-                raise KeyError(f"inputs lacks the modality {name!r}; it has {list(inputs)}")
-            embedded = branch(_mean(inputs[name]).to(self.bias.dtype))
-            # selected, not multiplied: an absent sample may hold anything
-            embeddings[name] = torch.where(inputs[name].present[:, None], embedded, 0.0)
-        joint = sum(embeddings.values()) + self.bias
+            if name in tokens:
+                mean = _mean(tokens[name], self.config.backend)  # [B, channels]
+                embedded = branch(mean.to(self.bias.dtype))  # [B, width]
+                # selected, not multiplied: an absent sample may hold anything
+                present = tokens[name].present[:, None]
+                embeddings[name] = torch.where(present, embedded, 0.0)  # [B, width]
+            else:
+                nothing = self.bias.new_zeros(n_samples, self.config.width)
+                embeddings[name] = zero_gradients(nothing, list(branch.parameters()))
+        joint = sum(embeddings.values()) + self.bias  # [B, width]
         return ModelOutput(self.readout(self.hidden(joint)), {**embeddings, "joint": joint}, {})
 
     def patch_attention(self, inputs: Mapping[str, Modality]) -> dict[str, dict[str, Tensor]]:
@@ -128,17 +140,14 @@ class MeanPool(FusionModel):
         return {}
 
 
-def _mean(batch: Modality) -> Tensor:
-    """[B, width], zeros where absent."""
-    if isinstance(batch, TableBatch):
-        return torch.where(batch.present[:, None], batch.values, 0.0)
-    if isinstance(batch, ArrayBatch):
-        mean = batch.values.flatten(1, -2).mean(dim=1)
-        return torch.where(batch.present[:, None], mean, 0.0)
-    if isinstance(batch, (BagBatch, GraphBatch)):
-        # a zero query gives every patch the same weight
-        features = batch.features
-        shape = batch.present.shape[0], 1, features.shape[1]
-        rows = features.new_zeros(shape, dtype=accumulation_type(features.dtype))
-        return pool_bag(rows, features, ragged=batch.ragged).pooled[:, 0]
-    raise TypeError(f"no modality of type {type(batch).__name__} is known")
+def _mean(tokens: Tokens, backend: str | None) -> Tensor:
+    """[B, channels]; zeros where there is nothing to average."""
+    if tokens.ragged is None and tokens.features.dim() == 2:
+        return tokens.features
+    return mean_of_tokens(tokens, backend=backend)
+
+
+def _without_encodings(modality: ModalityConfig) -> ModalityConfig:
+    """The modality as it is stored: a mean has no use for positions, walks or column tokens."""
+    axes = modality.axes if modality.kind == "array" else 0
+    return replace(modality, axes=axes, walk_steps=0, table_tokens="one")

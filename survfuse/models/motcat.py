@@ -106,6 +106,7 @@ class MOTCat(MCAT):
     """
 
     config_class: ClassVar[type] = MOTCatConfig
+    export_obstacle: ClassVar[str | None] = "micro-batches are cut out of a bag by its length"
     config: MOTCatConfig
 
     def _make_attention(self, width: int) -> nn.Module:

@@ -77,6 +77,9 @@ class SubspaceFusion(FusionModel):
     """
 
     config_class: ClassVar[type] = SubspaceFusionConfig
+    export_obstacle: ClassVar[str | None] = (
+        "how many cells hold tissue, and so how many points are sampled"
+    )
     config: SubspaceFusionConfig
 
     def __init__(self, config: SubspaceFusionConfig) -> None:

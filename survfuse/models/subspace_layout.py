@@ -24,6 +24,8 @@ class SlideLayout(NamedTuple):
     index: Tensor | None  # [n, side * side] the packed patch of each cell, of dense maps
 
 
+# whole numbers that the host reads over and over: compiled, each reading would end a graph
+@torch.compiler.disable
 def lay_out(
     batch: BagBatch,
     *,

@@ -140,6 +140,9 @@ class TransMIL(FusionModel):
     """
 
     config_class: ClassVar[type] = TransMILConfig
+    export_obstacle: ClassVar[str | None] = (
+        "the side of the square that a bag is continued to follows from its length"
+    )
     config: TransMILConfig
 
     def __init__(self, config: TransMILConfig) -> None:

@@ -199,7 +199,7 @@ def check_sides(
         check_tensor("bias", bias, shape=tuple(key.shape[:-2]), **beside)
         bias = bias.reshape(-1)
     keys, key_ragged = as_packed_heads("key", key, key_ragged)
-    packed, query_ragged = as_packed_heads("query", query, query_ragged, len(key_ragged.lengths))
+    packed, query_ragged = as_packed_heads("query", query, query_ragged, key_ragged.n_bags)
     values = None if value is None else value.reshape(-1, *value.shape[-2:])
     return packed, keys, values, bias, query_ragged, key_ragged
 

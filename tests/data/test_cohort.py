@@ -193,6 +193,26 @@ def test_a_state_that_does_not_fit_is_refused():
         PreparedCohort.from_state(cohort, {**state, "version": 99})
 
 
+def test_a_table_never_runs_out_of_columns():
+    """No column is dropped for being constant, and a selection keeps at least one."""
+    cohort = make_cohort()
+    with pytest.raises(ValueError, match="select is 0; it must be at least 1"):
+        cohort.prepare(None, n_bins=2, select=0)
+    with pytest.raises(ValueError, match="features is empty; a table needs at least one column"):
+        TableModality(np.empty((N, 0)), ())
+    unknown = cohort.with_modality("genes", TableModality(np.full((N, 3), np.nan), GENES))
+    with pytest.raises(ValueError, match="table 'genes' is absent from every training row"):
+        unknown.prepare(None, n_bins=2)
+    # constant in training, or unknown there: 0 for all who trained
+    constant = np.tile([1.0, 2.0, np.nan], (N, 1))
+    constant[11] = 7.0
+    same = cohort.with_modality("genes", TableModality(constant, GENES))
+    for select, width in ((None, 3), (1, 1)):
+        prepared = same.prepare(np.arange(8), n_bins=2, select=select)
+        assert prepared.channels()["genes"] == ("table", width)
+        assert (prepared.table("genes").values[:8] == 0).all()
+
+
 def test_groups_follow_the_selected_columns():
     prepared = make_cohort().prepare(None, n_bins=2)
     groups = prepared.groups("genes")
