@@ -65,11 +65,9 @@ class NystromEncoder(nn.Module):
         sequences = Ragged.from_lengths([n + 1 for n in lengths], device=x.device)
         # row 0 is the class token, row 1 + i is x_i; one more in front of every sequence
         place = torch.arange(sequences.total, device=x.device)
-        bag = torch.arange(ragged.n_bags, device=x.device)
-        bag = bag.repeat_interleave(sequences.lengths, output_size=sequences.total)
-        first = place == sequences.starts[bag]
+        first = sequences.places() == 0
         x = torch.cat([self.class_token.to(x.dtype), x])
-        x = x.index_select(0, torch.where(first, 0, place - bag))  # [total + B, dim]
+        x = x.index_select(0, torch.where(first, 0, place - sequences.bags()))  # [total + B, dim]
         x = self._run(self._layer, 0, x, sequences)
         if self.square is not None:
             x = self._run(self.square, x, lengths)

@@ -309,8 +309,7 @@ class FusionLayer(nn.Module):
             found = update.new_ones(tokens.shape) if found is None else found.view(tokens.shape)
             present = tokens.present
             if not dense:
-                lengths, total = tokens.ragged.lengths, tokens.ragged.total
-                present = present.repeat_interleave(lengths, output_size=total)
+                present = tokens.ragged.per_patch(present)
             present = present.view(-1, *[1] * (found.dim() - 1))
             weights.append(torch.where(present, found, 0.0))
         return update

@@ -169,7 +169,7 @@ def check_places(places: Tensor, ragged: Ragged, present: Tensor) -> None:
         return
     if bool(places.isnan().any()):
         unknown = places.isnan().any(-1)
-        bag = torch.arange(ragged.n_bags).repeat_interleave(ragged.lengths)
+        bag = ragged.bags()
         samples = sorted(set(bag[unknown & present[bag]].tolist()))
         if samples:
             raise ValueError(

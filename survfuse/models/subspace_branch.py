@@ -174,7 +174,7 @@ class SubspaceBranch(nn.Module):
         of_genes = self._of_genes(genes)  # [B, dim]
         if slides.index is None:
             bags = slides.packed
-            of_genes = of_genes.repeat_interleave(bags.lengths, 0, output_size=bags.total)
+            of_genes = bags.per_patch(of_genes)
             where = {"grid": slides.grid, "ragged": bags}
         else:
             patches = patches[slides.index]  # [n, cells, dim]
@@ -213,8 +213,6 @@ class SubspaceBranch(nn.Module):
 def _shares(received: Tensor, slides: SlideLayout) -> Tensor:
     """Divided by the sum over each bag; zeros where nothing was received."""
     bags = slides.packed
-    bag = torch.arange(bags.n_bags, device=received.device).repeat_interleave(
-        bags.lengths, output_size=bags.total
-    )
+    bag = bags.bags()
     sums = received.new_zeros(bags.n_bags).index_add_(0, bag, received)[bag]
     return torch.where(sums > 0, received / torch.where(sums > 0, sums, 1.0), 0.0)

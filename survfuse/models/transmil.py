@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from survfuse.batch import Modality, ModelOutput
-from survfuse.layers.fourier import index_in_bag
 from survfuse.layers.latent_attention import zero_gradients
 from survfuse.layers.nystrom_attention import NystromSelfAttention
 from survfuse.models.base import FusionModel, evaluating
@@ -223,10 +222,9 @@ def to_squares(ragged: Ragged) -> Squares:
     sides = [math.isqrt(length - 1) + 1 if length else 0 for length in lengths]
     counts = [side * side + 1 for side in sides]
     sequences = Ragged.from_lengths(counts, device=ragged.lengths.device)
-    place, _ = index_in_bag(sequences)
-    repeats = {"output_size": sequences.total}
-    length = ragged.lengths.repeat_interleave(sequences.lengths, **repeats)
-    start = ragged.packed().starts.repeat_interleave(sequences.lengths, **repeats)
+    place = sequences.places()
+    length = sequences.per_patch(ragged.lengths)
+    start = sequences.per_patch(ragged.packed().starts)
     wrapped = 1 + start + (place - 1) % length.clamp(min=1)
     return Squares(torch.where(place == 0, 0, wrapped), sequences, sides)
 
