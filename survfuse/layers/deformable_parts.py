@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 from survfuse.grid import GridIndex
 from survfuse.layers.sparse_convolution import CoarseCells
 from survfuse.ops import sample_bag
-from survfuse.ops.backends import check_backend
+from survfuse.ops.backends import check_backend, plain_backend
 from survfuse.ops.checks import (
     check_dropout,
     check_dtype,
@@ -182,7 +182,7 @@ def _sample(
     rows: Tensor, grid: GridIndex, place: Tensor, corners: str, backend: str | None
 ) -> Tensor:
     # other named backends are those of the attention
-    backend = "reference" if backend == "reference" else None
+    backend = plain_backend(backend)
     return sample_bag(rows, grid, place, corners=corners, backend=backend)
 
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from survfuse.layers.bag_mean import bag_mean
 from survfuse.layers.latent_attention import zero_gradients
-from survfuse.ops import cross_attention, cross_attention_with_lse, pool_bag
+from survfuse.ops import cross_attention, cross_attention_with_lse
 from survfuse.pooling import accumulation_type
 from survfuse.ragged import Ragged, as_packed, in_batch_order
 
@@ -149,10 +150,7 @@ def segment_means(
     starts, lengths = ragged.starts[:, None] + edges[:, :-1], edges.diff(dim=1)
     longest = -(-ragged.max_length // n_marks)
     runs = Ragged(starts.flatten(), lengths.flatten(), ragged.total, longest)
-    # a zero query gives every row of a run the same weight
-    rows = x.new_zeros(runs.n_bags, 1, x.shape[1], dtype=accumulation_type(x.dtype))
-    means = pool_bag(rows, x, ragged=runs, backend=backend).pooled[:, 0]
-    means = means.to(x.dtype).view(ragged.n_bags, n_marks, x.shape[1])
+    means = bag_mean(x, runs, backend=backend).to(x.dtype).view(ragged.n_bags, n_marks, x.shape[1])
     return Landmarks(means, edge[:-1] < count)
 
 

@@ -24,7 +24,7 @@ from survfuse.models.base import FusionModel, evaluating
 from survfuse.models.heads import TaskHeads
 from survfuse.models.healnet_config import HEALNetConfig
 from survfuse.models.healnet_released import convert_released, released_config
-from survfuse.models.inputs import PositionEncoding, Tokens, encode_inputs
+from survfuse.models.inputs import Tokens, encode_inputs
 
 __all__ = ["HEALNet"]
 
@@ -82,9 +82,7 @@ class HEALNet(FusionModel):
             )
             for i in range(n_sets[config.weight_sharing])
         )
-        self.positions = (
-            PositionEncoding(config.fourier_bands, config.max_frequency) if config.fourier else None
-        )
+        self.positions = config.positions
         self.readout = TaskHeads(config.latent_dim, config.outputs, norm=bool(config.outputs))
 
     def forward(self, inputs: Mapping[str, Modality]) -> ModelOutput:

@@ -12,6 +12,7 @@ from survfuse.batch import ArrayBatch, BagBatch, GraphBatch, Modality, TableBatc
 from survfuse.layers.fourier import (
     append_channels,
     coordinate_positions,
+    fourier_channels,
     fourier_encode,
     grid_positions,
     index_positions,
@@ -37,6 +38,13 @@ class Tokens(NamedTuple):
     ragged: Ragged | None
     present: Tensor  # [B] bool
     shape: tuple[int, ...]  # of per-token results: (total,), (B, *axes), (B, F) or (B,)
+
+
+def token_width(modality: ModalityConfig, positions: PositionEncoding | None = None) -> int:
+    """Channels of one token as `encode_inputs` with these positions gives it."""
+    own = 1 if modality.table_tokens == "features" else modality.channels
+    encoded = 0 if positions is None else fourier_channels(modality.axes, positions.bands)
+    return own + encoded + modality.walk_steps
 
 
 def encode_inputs(

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from survfuse.batch import ArrayBatch, BagBatch, GraphBatch, Modality, ModelOutput, TableBatch
+from survfuse.layers.bag_mean import bag_mean
 from survfuse.models.base import FusionModel
 from survfuse.models.heads import TaskHeads
 from survfuse.models.settings import (
     ModalityConfig,
     check_integers,
+    check_preset,
     check_probabilities,
     parse_modalities,
     parse_outputs,
 )
-from survfuse.ops import pool_bag
-from survfuse.pooling import accumulation_type
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,7 @@ class MeanPoolConfig:
         Raises:
             ValueError: another name.
         """
-        if name not in cls.PRESETS:
-            raise ValueError(f"name is {name!r}; it must be one of {list(cls.PRESETS)}")
+        check_preset(name, cls.PRESETS)
         return cls(modalities, {"survival": 4} if outputs is None else outputs)
 
 
@@ -136,9 +135,5 @@ def _mean(batch: Modality) -> Tensor:
         mean = batch.values.flatten(1, -2).mean(dim=1)
         return torch.where(batch.present[:, None], mean, 0.0)
     if isinstance(batch, (BagBatch, GraphBatch)):
-        # a zero query gives every patch the same weight
-        features = batch.features
-        shape = batch.present.shape[0], 1, features.shape[1]
-        rows = features.new_zeros(shape, dtype=accumulation_type(features.dtype))
-        return pool_bag(rows, features, ragged=batch.ragged).pooled[:, 0]
+        return bag_mean(batch.features, batch.ragged)
     raise TypeError(f"no modality of type {type(batch).__name__} is known")

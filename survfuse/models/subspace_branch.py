@@ -16,10 +16,10 @@ from survfuse.layers import (
     GatedAttentionPool,
     SelfNormalizingNetwork,
 )
+from survfuse.layers.bag_mean import bag_mean
 from survfuse.layers.latent_attention import zero_gradients
 from survfuse.models.subspace_config import SubspaceFusionConfig
 from survfuse.models.subspace_layout import SlideLayout
-from survfuse.ops import pool_bag
 from survfuse.ops.project_bag import project_bag
 from survfuse.ragged import Ragged
 
@@ -197,9 +197,7 @@ class SubspaceBranch(nn.Module):
             return self.gated_pool(tokens, ragged)[:, 0]
         if ragged is None:
             return tokens.mean(1)
-        # a zero query gives every patch the same weight
-        query = tokens.new_zeros(ragged.n_bags, 1, tokens.shape[1])
-        return pool_bag(query, tokens, ragged=ragged, backend=self.config.backend).pooled[:, 0]
+        return bag_mean(tokens, ragged, backend=self.config.backend).to(tokens.dtype)
 
     def _feature(self, pooled: Tensor) -> Tensor:
         return self.output(torch.tanh(self.pooler(pooled)))  # [B, dim]
