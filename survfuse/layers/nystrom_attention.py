@@ -184,15 +184,18 @@ def nystrom_attention(
     query_marks, key_marks, value_marks = marked
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     lengths, n_marks = ragged.lengths, present.sum(1)
-    means = cross_attention(
-        query_marks, key, value, key_ragged=ragged, scale=scale, backend=backend
-    )  # [B, m, H, d]
-    inverse = _inverse_between(query_marks, key_marks, present, scale, iterations)
-    with torch.autocast(query.device.type, enabled=False):
-        mixed = torch.einsum("bhij,bjhd->bihd", inverse, means.to(inverse.dtype))
-    # every row is its own landmark: softmax and pseudo-inverse cancel
-    short = (lengths <= n_marks)[:, None, None, None]
-    mixed = torch.where(short, value_marks.to(mixed.dtype), mixed).to(key_marks.dtype)
+    # where every row is its own landmark, softmax and pseudo-inverse cancel
+    mixed = value_marks
+    if ragged.max_length > present.shape[1]:
+        means = cross_attention(
+            query_marks, key, value, key_ragged=ragged, scale=scale, backend=backend
+        )  # [B, m, H, d]
+        inverse = _inverse_between(query_marks, key_marks, present, scale, iterations)
+        with torch.autocast(query.device.type, enabled=False):
+            mixed = torch.einsum("bhij,bjhd->bihd", inverse, means.to(inverse.dtype))
+        short = (lengths <= n_marks)[:, None, None, None]
+        mixed = torch.where(short, value_marks.to(mixed.dtype), mixed)
+    mixed = mixed.to(key_marks.dtype)
     bias = torch.zeros(present.shape, device=query.device, dtype=torch.float32)
     out, lse = cross_attention_with_lse(
         query,

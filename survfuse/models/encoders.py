@@ -11,7 +11,7 @@ from survfuse.layers.gated_attention_pool import GatedAttentionPool
 from survfuse.layers.latent_attention import zero_gradients
 from survfuse.layers.projected_attention import PatchProjection
 from survfuse.layers.self_normalizing_network import SelfNormalizingNetwork
-from survfuse.layers.streaming import stream
+from survfuse.layers.streaming import default_rows, stream
 from survfuse.models.inputs import PositionEncoding, Tokens, token_width
 from survfuse.models.settings import ModalityConfig, bags_and_graphs
 from survfuse.ops import merge_attention
@@ -60,7 +60,7 @@ class PatchPool(nn.Module):
             rows = self.project(bag, part)
             return (self.pool.weights(rows, part.packed(), lse=lse, reduce="rows"),)
 
-        weights = torch.cat([found for (found,) in stream(run, bag, ragged)])
+        weights = torch.cat([found for (found,) in self._stream(run, bag, ragged)])
         return torch.where(ragged.per_patch(tokens.present), weights, 0.0)
 
     def _pooled(self, bag: Tensor, ragged: Ragged) -> tuple[Tensor, Tensor]:
@@ -69,8 +69,11 @@ class PatchPool(nn.Module):
         def run(part: Ragged) -> tuple[Tensor, Tensor]:
             return self.pool.with_lse(self.project(bag, part), part.packed())
 
-        found = stream(run, bag, ragged)
+        found = self._stream(run, bag, ragged)
         return found[0] if len(found) == 1 else merge_attention(*zip(*found, strict=True))
+
+    def _stream(self, run, bag: Tensor, ragged: Ragged) -> list[tuple[Tensor, ...]]:
+        return stream(run, bag, ragged, rows=default_rows(bag, self.project.out_features))
 
 
 class VectorEncoder(nn.Module):
