@@ -80,9 +80,8 @@ class GridIndex(NamedTuple):
                 f"ragged: bag {first} of the grid shows rows outside its range; it must be the one "
                 "that the grid was made for"
             )
-        ends = ragged.lengths.cumsum(0)
         # what shows no patch goes to one row more, which is cut off
-        packed = torch.where(inside, (ends - ragged.lengths)[bag] + row, ragged.total)
+        packed = torch.where(inside, ragged.packed().starts[bag] + row, ragged.total)
         cells = within.new_full((ragged.total + 1, 2), -1)
         cells[packed] = torch.stack([within % width, within // width], -1)
         return cells[: ragged.total]

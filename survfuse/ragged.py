@@ -135,6 +135,29 @@ class Ragged(NamedTuple):
         ends = self.lengths.cumsum(0)
         return self._replace(starts=ends - self.lengths)
 
+    def bags(self) -> Tensor:
+        """The bag of every packed patch, [total] int64: 0, 0, 0, 1, 1, ..."""
+        return self.per_patch(torch.arange(self.n_bags, device=self.lengths.device))
+
+    def places(self) -> Tensor:
+        """The place of every packed patch in its bag, [total] int64, from 0 in each."""
+        place = torch.arange(self.total, device=self.lengths.device)
+        return place - self.per_patch(self.packed().starts)
+
+    def rows(self) -> Tensor:
+        """The stored row of every packed patch, [total] int64: `bag[ragged.rows()]` is packed.
+
+        Example:
+            >>> Ragged.from_ranges([5, 0], [2, 3]).rows().tolist()
+            [5, 6, 0, 1, 2]
+        """
+        place = torch.arange(self.total, device=self.lengths.device)
+        return place + self.per_patch(self.starts - self.packed().starts)
+
+    def per_patch(self, values: Tensor) -> Tensor:
+        """Values [B, ...] of bags, each as often as its bag has patches: [total, ...]."""
+        return values.repeat_interleave(self.lengths, 0, output_size=self.total)
+
     def check(self, n_rows: int, name: str = "ragged") -> None:
         """Raise unless every bag lies within a packed matrix of `n_rows` rows.
 
@@ -227,6 +250,33 @@ def as_packed(
         )
     check_ragged("ragged", ragged, "bag", bag.device, n_bags)
     return bag, ragged
+
+
+def in_batch_order(
+    matrix: Tensor, ragged: Ragged, *, may_wait: bool = False
+) -> tuple[Tensor, Ragged]:
+    """The rows [total, ...] of all bags, one bag behind the other, and their ranges.
+
+    The matrix itself where it is known to hold just these rows in this order.
+
+    Args:
+        matrix: [T, ...].
+        ragged: the ranges of the bags in it.
+        may_wait: find that out on a device as well, which waits for it; else only one bag is known
+            to fill a matrix there.
+
+    Raises:
+        ValueError: on the CPU, a range lies outside the matrix.
+    """
+    full = matrix.shape[0] == ragged.total
+    known, on_host = full and ragged.n_bags == 1, matrix.device.type == "cpu"
+    if not known and not torch.compiler.is_compiling() and (on_host or may_wait):
+        if on_host:
+            ragged.check(matrix.shape[0])
+        known = full and torch.equal(ragged.starts, ragged.packed().starts)
+    if known:
+        return matrix, ragged
+    return matrix.index_select(0, ragged.rows()), ragged.packed()
 
 
 def as_packed_heads(

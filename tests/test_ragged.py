@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from survfuse import Ragged
-from survfuse.ragged import as_packed
+from survfuse.ragged import as_packed, in_batch_order
 
 quick = settings(derandomize=True, max_examples=30, deadline=None, database=None)
 LENGTHS = st.lists(st.integers(0, 9), max_size=6)
@@ -212,3 +212,41 @@ def test_a_matrix_is_one_bag() -> None:
     packed, ragged = as_packed(bag, None)
     assert packed is bag
     assert fields(ragged) == ([0], [4], 4, 4)
+
+
+@quick
+@given(lengths=LENGTHS, seed=st.integers(0, 99))
+def test_every_packed_patch_knows_its_bag_place_and_row(lengths: list[int], seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, 5, (len(lengths),), generator=draw)
+    ragged = Ragged.from_ranges(starts, lengths)
+    expected = [
+        (b, i, int(starts[b]) + i, 2 * b) for b, length in enumerate(lengths) for i in range(length)
+    ]
+    values = 2 * torch.arange(len(lengths))
+    found = (ragged.bags(), ragged.places(), ragged.rows(), ragged.per_patch(values))
+    assert all(tensor.dtype == torch.int64 and tensor.shape == (ragged.total,) for tensor in found)
+    assert list(zip(*(tensor.tolist() for tensor in found), strict=True)) == expected
+    matrices = ragged.per_patch(values[:, None, None].expand(-1, 2, 3))
+    assert matrices.shape == (ragged.total, 2, 3)
+
+
+def test_what_each_patch_is_given_has_gradients() -> None:
+    values = torch.zeros(3, 2, requires_grad=True)
+    Ragged.from_lengths([2, 0, 3]).per_patch(values).sum().backward()
+    assert values.grad.tolist() == [[2.0, 2.0], [0.0, 0.0], [3.0, 3.0]]
+
+
+@pytest.mark.parametrize("may_wait", [False, True])
+def test_in_batch_order_copies_only_what_lies_otherwise(may_wait: bool) -> None:
+    matrix = torch.arange(10.0).view(5, 2)
+    for ragged in (Ragged.from_lengths([5]), Ragged.from_lengths([2, 0, 3])):
+        found, same = in_batch_order(matrix, ragged, may_wait=may_wait)
+        assert found is matrix
+        assert same is ragged
+    ragged = Ragged.from_ranges([3, 0], [2, 3])
+    found, packed = in_batch_order(matrix, ragged, may_wait=may_wait)
+    assert found[:, 0].tolist() == [6, 8, 0, 2, 4]
+    assert fields(packed) == ([0, 2], [2, 3], 5, 3)
+    with pytest.raises(ValueError, match="bag 1 is rows 4 to 6"):
+        in_batch_order(matrix, Ragged.from_ranges([0, 4], [1, 2]), may_wait=may_wait)

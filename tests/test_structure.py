@@ -62,6 +62,13 @@ EXCEPTIONS = {
     # times the kernel and a model against plain torch
     "survfuse.cli.demo_kernel": {"ops", "models"},
 }
+# modules of survfuse.models that belong to no model; the others are named <model> or <model>_<part>
+SHARED_BY_MODELS = {
+    *("base", "settings", "inputs", "heads", "encoders", "gene_tokens", "patches_and_genes"),
+    *("gene_consistency", "partial_likelihood", "registry"),
+}
+# models that are another one with a part replaced
+BUILDS_ON = {"motcat": "mcat", "cox": "elastic"}
 # what installed code may import beside the standard library: none is under the GPL
 BASE = {"torch", "numpy", "survfuse"}
 OPTIONAL = {
@@ -207,6 +214,33 @@ def test_exceptions_are_used() -> None:
     for module, rooms in EXCEPTIONS.items():
         used = {room_of(found.target) for found in IMPORTS if found.importer == module}
         assert rooms <= used, f"{module} needs no arrow to {sorted(rooms - used)} any more"
+
+
+def family_of(module: str) -> str | None:
+    """The model a module of survfuse.models belongs to; None for what models share."""
+    room, _, stem = module.removeprefix("survfuse.").partition(".")
+    stem = stem.partition(".")[0]
+    if room != "models" or not stem or stem in SHARED_BY_MODELS:
+        return None
+    return stem.partition("_")[0]
+
+
+def test_models_do_not_import_each_other() -> None:
+    """So that deleting a model deletes its files and its lines in the registry, and no more."""
+    against, used = [], set()
+    for found in IMPORTS:
+        model = family_of(found.importer)
+        other = family_of(found.target)
+        # `__init__` and the registry, which name every model, belong to none
+        if model is None or other is None or other == model:
+            continue
+        used.add(model)
+        if BUILDS_ON.get(model) != other:
+            against.append(f"{found.importer}:{found.line} imports {found.target}")
+    assert not against, "\n".join(against)
+    assert used == set(BUILDS_ON), "a model that builds on no other needs no line in the table"
+    stems = {name.removeprefix("survfuse.models.") for name in ALL}
+    assert stems >= SHARED_BY_MODELS
 
 
 def third_party(found: Import) -> str | None:

@@ -50,6 +50,12 @@ Slides to a trained model:
   survfuse train study.yaml --out runs/study
   survfuse evaluate runs/study runs/baseline
 
+Several models on one cohort, then new patients, then what a model goes by:
+
+  survfuse compare study.yaml --models healnet,mcat,mean_pool --out runs/three
+  survfuse predict runs/study --config external.yaml --out predictions.csv
+  survfuse explain runs/study --out looks.csv
+
 Exit codes of every command:
 
   0    done

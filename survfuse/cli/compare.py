@@ -67,10 +67,15 @@ def compare_command(
     Go on after any stop, with the same words:
         survfuse compare study.yaml --models healnet,mcat,mean_pool --out runs/three --resume
 
-    The model that the file names keeps its settings; others take those of their preset. Without
-    --models and --model it is the file's own model that is compared with the further files. --set
-    and --data count for every file. Each run lies in <out>/<name>; the table is compare.md, .json
-    and .csv. Differences are tested for survival; class tasks are put side by side.
+    \b
+    Settings of their own for several models, a file for each:
+        survfuse compare one.yaml -c two.yaml -c three.yaml --out runs/tuned
+
+    The model that the file names keeps its settings; others take those of their preset, under the
+    same loss, optimiser and schedule. Without --models and --model it is the file's own model that
+    is compared with the further files. --set and --data count for every file. Each run lies in
+    <out>/<name>; the table is compare.md, .json and .csv. Differences are tested for survival;
+    class tasks are put side by side.
     """
     from survfuse.training.config_files import ConfigError, load_config
     from survfuse.training.run_comparison import model_configs

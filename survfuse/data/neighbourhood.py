@@ -30,11 +30,7 @@ def with_neighbourhood(batch: BagBatch, radius: int, *, name: str = "slides") ->
         ValueError: a bag has no coordinates, or they are not finite.
     """
     ragged = batch.ragged
-    bags = torch.arange(ragged.n_bags, device=ragged.lengths.device)
-    bag = bags.repeat_interleave(ragged.lengths, output_size=ragged.total)
-    packed = ragged.packed()
-    row = ragged.starts[bag] - packed.starts[bag]
-    row = row + torch.arange(ragged.total, device=row.device)
+    packed, row = ragged.packed(), ragged.rows()
     coords = None if batch.coords is None else batch.coords[row]
     if ragged.total and (coords is None or not bool(coords.double().isfinite().all())):
         raise ValueError(
@@ -43,7 +39,7 @@ def with_neighbourhood(batch: BagBatch, radius: int, *, name: str = "slides") ->
         )
     features = batch.features[row]
     if ragged.total:
-        cells = patch_cells(coords, bag, ragged.n_bags, gap=radius)
+        cells = patch_cells(coords, ragged.bags(), ragged.n_bags, gap=radius)
         around = neighbourhood_mean(features, cells, packed, radius=radius)
         features = torch.cat([features, around], 1)
     else:
@@ -93,8 +89,7 @@ def neighbourhood_mean(bag: Tensor, cells: Tensor, ragged: Ragged, *, radius: in
 
 def _by_shape(cells: Tensor, ragged: Ragged) -> list[tuple[tuple[int, int, int], Tensor, Tensor]]:
     """Maps of one shape: (number, height, width), the rows of their patches, and their places."""
-    bags = torch.arange(ragged.n_bags, device=cells.device)
-    bag = bags.repeat_interleave(ragged.lengths, output_size=ragged.total)
+    bag = ragged.bags()
     pair = bag[:, None].expand(-1, 2)
     shapes = cells.new_zeros(ragged.n_bags, 2).scatter_reduce(0, pair, cells, "amax") + 1
     shapes = torch.where(ragged.lengths[:, None] > 0, shapes, 0)

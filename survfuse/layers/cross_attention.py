@@ -12,6 +12,7 @@ from survfuse.ops import (
     tokens_attend_bag_weights,
     tokens_attend_bag_with_lse,
 )
+from survfuse.ops.backends import plain_backend
 from survfuse.pooling import accumulation_type
 from survfuse.ragged import Ragged
 
@@ -179,7 +180,7 @@ class CrossAttention(nn.MultiheadAttention):
         if not need_weights:
             return out, None
         shared = {"bias": bias, "ragged": ragged, "reduce": reduce}
-        backend = self._weights_backend()
+        backend = plain_backend(self.backend)
         return out, tokens_attend_bag_weights(query, bag, w_k, lse, backend=backend, **shared)
 
     def _attend_keys(
@@ -197,7 +198,7 @@ class CrossAttention(nn.MultiheadAttention):
         )
         if not need_weights:
             return out, None
-        backend = self._weights_backend()
+        backend = plain_backend(self.backend)
         return out, cross_attention_weights(
             query, key, lse, reduce=reduce, backend=backend, **shared
         )
@@ -212,10 +213,6 @@ class CrossAttention(nn.MultiheadAttention):
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, self.head_dim))
-
-    def _weights_backend(self) -> str | None:
-        """Weights are plain torch, whichever kernels attend."""
-        return "reference" if self.backend == "reference" else None
 
     def _batch_first(self, x: Tensor) -> Tensor:
         """[B, L, E] of any form that is not packed."""

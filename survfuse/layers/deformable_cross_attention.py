@@ -23,7 +23,6 @@ from survfuse.layers.deformable_parts import (
     full_grid,
     normalise,
     normalised_places,
-    packed_rows,
     places,
     project,
     project_groups,
@@ -37,7 +36,7 @@ from survfuse.ops import position_biased_attention
 from survfuse.ops.checks import check_size
 from survfuse.ops.registration import autocast_off
 from survfuse.pooling import accumulation_type
-from survfuse.ragged import Ragged
+from survfuse.ragged import Ragged, in_batch_order
 
 
 class DeformableCrossAttention(nn.Module):
@@ -265,8 +264,7 @@ class DeformableCrossAttention(nn.Module):
             out, *_ = self._call(query.detach(), context.detach(), shape, grid, ragged, shares)
             lengths: int | Tensor = out.shape[-2]
             if ragged is not None:
-                each = ragged.lengths.repeat_interleave(ragged.lengths, output_size=len(out))
-                lengths = each[:, None]
+                lengths = ragged.per_patch(ragged.lengths)[:, None]
             weights = torch.ones_like(out) / (self.heads * lengths)
             (received,) = torch.autograd.grad(out, shares, weights)
         return received.sum(-1)
@@ -363,7 +361,7 @@ class DeformableCrossAttention(nn.Module):
         coarse = coarse_cells(
             grid, cells, ragged, stride=self.downsample, kernel_size=self.kernel_size
         )
-        q = project(self.to_q, packed_rows(query, ragged))
+        q = project(self.to_q, in_batch_order(query, ragged, may_wait=True)[0])
         convolution = self.to_offsets[0]
         hidden = convolve_patches(
             q.unflatten(1, (self.offset_groups, -1)),

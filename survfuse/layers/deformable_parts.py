@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 from survfuse.grid import GridIndex
 from survfuse.layers.sparse_convolution import CoarseCells
 from survfuse.ops import sample_bag
-from survfuse.ops.backends import check_backend
+from survfuse.ops.backends import check_backend, plain_backend
 from survfuse.ops.checks import (
     check_dropout,
     check_dtype,
@@ -106,11 +106,8 @@ def normalised_places(
     """
     # (width, height) of every bag, no map narrower than two cells
     size = (grid.shapes.flip(1) - 1).clamp(min=1).to(place.dtype)
-    bags = torch.arange(grid.n_bags, device=place.device)
-    of_patch = bags.repeat_interleave(ragged.lengths, output_size=ragged.total)
-    of_point = bags.repeat_interleave(points.lengths, output_size=points.total)
-    query_pos = 2.0 * cells.to(place.dtype) / size[of_patch] - 1.0
-    return query_pos, 2.0 * place / size[of_point, None] - 1.0
+    query_pos = 2.0 * cells.to(place.dtype) / ragged.per_patch(size) - 1.0
+    return query_pos, 2.0 * place / points.per_patch(size)[:, None] - 1.0
 
 
 @torch.compiler.disable
@@ -145,7 +142,7 @@ def attend_ragged(
         at = points.starts[bags, None] + torch.arange(count, device=q.device)
         some = Ragged.from_ranges(ragged.starts[bags], ragged.lengths[bags])
         outs.append(attend(q, key[at], value[at], query_pos, key_pos[at].transpose(1, 2), some))
-        rows.append(rows_of(some))
+        rows.append(some.rows())
     if not outs:
         # nothing attends, and all gradients are zeros rather than None
         nobody = key_pos.new_zeros((1, key_pos.shape[1], 0, 2))
@@ -154,16 +151,6 @@ def attend_ragged(
         return outs[0]
     out = torch.cat(outs)
     return out.new_zeros(q.shape[0], out.shape[1]).index_copy(0, torch.cat(rows), out)
-
-
-def rows_of(ragged: Ragged) -> Tensor:
-    """[total] int64, the row of each patch of the bags, in batch order."""
-    bag = torch.arange(ragged.n_bags, device=ragged.lengths.device).repeat_interleave(
-        ragged.lengths, output_size=ragged.total
-    )
-    first = ragged.packed().starts
-    place = torch.arange(ragged.total, device=bag.device)
-    return place - first[bag] + ragged.starts[bag]
 
 
 def sample_dense(
@@ -186,13 +173,8 @@ def sample_ragged(
     Bags are filled up to the most points with NaN, which is sampled as nothing: one call has one
     gradient of the rows, where one call per bag would have as many, each [T, C].
     """
-    n_bags, counts = grid.n_bags, coarse.ragged.lengths
-    bag = torch.arange(n_bags, device=place.device).repeat_interleave(
-        counts, output_size=coarse.ragged.total
-    )
-    within = torch.arange(coarse.ragged.total, device=place.device)
-    within = within - coarse.ragged.starts[bag]
-    shape = (n_bags, coarse.ragged.max_length, *place.shape[1:])
+    bag, within = coarse.ragged.bags(), coarse.ragged.places()
+    shape = (grid.n_bags, coarse.ragged.max_length, *place.shape[1:])
     padded = place.new_full(shape, torch.nan).index_put((bag, within), place)
     return _sample(rows, grid, padded.transpose(1, 2), corners, backend)[bag, :, within]
 
@@ -201,7 +183,7 @@ def _sample(
     rows: Tensor, grid: GridIndex, place: Tensor, corners: str, backend: str | None
 ) -> Tensor:
     # other named backends are those of the attention
-    backend = "reference" if backend == "reference" else None
+    backend = plain_backend(backend)
     return sample_bag(rows, grid, place, corners=corners, backend=backend)
 
 
@@ -244,19 +226,6 @@ def check_points(points: Tensor) -> None:
         raise TypeError(f"points is {type(points).__name__}; it must be a tensor")
     if points.shape[-1:] != (2,):
         raise ValueError(f"points has shape {tuple(points.shape)}; it must be [..., 2]")
-
-
-@torch.compiler.disable
-def packed_rows(matrix: Tensor, ragged: Ragged) -> Tensor:
-    """The rows [total, ...] of all bags in batch order; the matrix itself if it holds just these.
-
-    Waits for the device.
-    """
-    ends = ragged.lengths.cumsum(0)
-    first = ends - ragged.lengths
-    if ragged.total == matrix.shape[0] and torch.equal(ragged.starts, first):
-        return matrix
-    return matrix[rows_of(ragged)]
 
 
 def check_sizes(

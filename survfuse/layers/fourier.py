@@ -53,7 +53,7 @@ def index_positions(ragged: Ragged, *, dtype: torch.dtype) -> Tensor:
     The bag's order is meant to carry meaning then: a model that reads these positions is not
     invariant to a permutation of the patches.
     """
-    index, length = index_in_bag(ragged)
+    index, length = ragged.places(), ragged.per_patch(ragged.lengths)
     step = 2.0 / (length - 1).clamp(min=1).to(dtype)
     # counted from the nearer end, as torch.linspace does, so that both ends are exact
     from_start = -1.0 + step * index.to(dtype)
@@ -72,29 +72,14 @@ def coordinate_positions(coords: Tensor, ragged: Ragged) -> Tensor:
         coords: [T, 2] patch corners, in one unit per bag, such as level-0 pixels.
         ragged: the ranges of the bags.
     """
-    coords = coords.index_select(0, packed_rows(ragged)).to(torch.float32)
-    bag = torch.arange(ragged.n_bags, device=coords.device)
-    bag = bag.repeat_interleave(ragged.lengths, output_size=ragged.total)[:, None].expand(-1, 2)
+    coords = coords.index_select(0, ragged.rows()).to(torch.float32)
+    bag = ragged.bags()[:, None].expand(-1, 2)
     bounds = coords.new_zeros(ragged.n_bags, 2)
     low = bounds.scatter_reduce(0, bag, coords, "amin", include_self=False)
     high = bounds.scatter_reduce(0, bag, coords, "amax", include_self=False)
     half_side = ((high - low).amax(-1, keepdim=True) / 2).clamp(min=torch.finfo(low.dtype).tiny)
     centre = low + (high - low) / 2
     return (coords - centre.gather(0, bag)) / half_side.gather(0, bag[:, :1])
-
-
-def index_in_bag(ragged: Ragged) -> tuple[Tensor, Tensor]:
-    """For every packed patch its place in its bag and the bag's length, both [total] int64."""
-    starts, total = ragged.packed().starts, ragged.total
-    place = torch.arange(total, device=starts.device)
-    place = place - starts.repeat_interleave(ragged.lengths, output_size=total)
-    return place, ragged.lengths.repeat_interleave(ragged.lengths, output_size=total)
-
-
-def packed_rows(ragged: Ragged) -> Tensor:
-    """The stored row of every packed patch [total] int64."""
-    first = ragged.starts.repeat_interleave(ragged.lengths, output_size=ragged.total)
-    return first + index_in_bag(ragged)[0]
 
 
 def append_channels(features: Tensor, ragged: Ragged, channels: Tensor) -> tuple[Tensor, Ragged]:
@@ -111,7 +96,7 @@ def append_channels(features: Tensor, ragged: Ragged, channels: Tensor) -> tuple
     Returns:
         The bag [total, D + C], and its ranges, one bag behind the other.
     """
-    rows = packed_rows(ragged)
+    rows = ragged.rows()
     channels = channels.to(features.dtype)
     needs_graph = torch.is_grad_enabled() and (features.requires_grad or channels.requires_grad)
     if needs_graph or torch.compiler.is_compiling():

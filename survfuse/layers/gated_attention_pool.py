@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from survfuse.ops import gated_attention_pool, gated_attention_weights
+from survfuse.ops.backends import plain_backend
 from survfuse.ragged import Ragged
 
 # ours: CLAM's
@@ -97,8 +98,16 @@ class GatedAttentionPool(nn.Module):
         Returns:
             [B, K, D] of the type of the parameters.
         """
-        dropout = self.dropout if self.training else 0.0
-        return self._pool(bag, ragged, bias, dropout).pooled
+        return self.with_lse(bag, ragged, bias=bias)[0]
+
+    def with_lse(
+        self, bag: Tensor, ragged: Ragged | None = None, *, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Pooled patches [B, K, D], and the logsumexp [B, K] by which `merge_attention` joins
+        those of parts of a bag. Arguments as of `forward`.
+        """
+        pooled, lse = self._pool(bag, ragged, bias, self.dropout if self.training else 0.0)
+        return pooled, lse
 
     def weights(
         self,
@@ -106,16 +115,19 @@ class GatedAttentionPool(nn.Module):
         ragged: Ragged | None = None,
         *,
         bias: Tensor | None = None,
+        lse: Tensor | None = None,
         reduce: str | None = None,
     ) -> Tensor:
         """The weight of every patch in every pool, without dropout.
 
-        Arguments as of `forward`; `reduce="rows"` averages over the pools. Returns [total, K], or
-        [total], packed in batch order; the weights of a bag sum to 1 per pool.
+        Arguments as of `forward`; `reduce="rows"` averages over the pools, and `lse` is given where
+        `bag` holds parts of the bags whose weights sum to 1. Returns [total, K], or [total], packed
+        in batch order; the weights of a bag sum to 1 per pool.
         """
-        lse = self._pool(bag, ragged, bias, 0.0).lse
+        if lse is None:
+            lse = self._pool(bag, ragged, bias, 0.0).lse
         # the weights have no GPU kernel of their own: any backend but the reference means tiled
-        backend = "reference" if self.backend == "reference" else None
+        backend = plain_backend(self.backend)
         return gated_attention_weights(
             bag,
             *self._parameters_of_op(),

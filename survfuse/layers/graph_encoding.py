@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from survfuse.layers.fourier import index_in_bag, packed_rows
 from survfuse.ragged import Ragged
 
 _MAX_STATE = 1 << 24  # numbers held at a time: walkers of a few start nodes, on every node
@@ -58,7 +57,7 @@ def _walk_back(
     dtype: torch.dtype,
 ) -> Tensor:
     ragged = Ragged(starts, lengths, total, max_length)
-    rows = packed_rows(ragged)
+    rows = ragged.rows()
     if ragged.total == 0 or steps == 0:
         return torch.zeros(ragged.total, steps, dtype=dtype, device=edges.device)
     # the nodes of this batch, a graph that repeats once, are numbered anew
@@ -66,7 +65,7 @@ def _walk_back(
     source, target = torch.searchsorted(nodes, edges.contiguous()).clamp(max=nodes.shape[0] - 1)
     taken = (nodes[source] == edges[0]).to(dtype)
     place = torch.empty_like(nodes)
-    place[number] = index_in_bag(ragged)[0]
+    place[number] = ragged.places()
     degree = nodes.new_zeros(nodes.shape, dtype=dtype).index_add_(0, source, taken)
     weight = (taken / degree.clamp(min=1)[source])[:, None]
     encoding = torch.zeros(nodes.shape[0], steps, dtype=dtype, device=edges.device)

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from survfuse.layers.fourier import packed_rows
+from survfuse.layers.bag_mean import bag_mean
 from survfuse.layers.latent_attention import zero_gradients
-from survfuse.ops import cross_attention, cross_attention_with_lse, pool_bag
+from survfuse.ops import cross_attention, cross_attention_with_lse
 from survfuse.pooling import accumulation_type
-from survfuse.ragged import Ragged, as_packed
+from survfuse.ragged import Ragged, as_packed, in_batch_order
 
 
 class Landmarks(NamedTuple):
@@ -109,7 +109,7 @@ class NystromSelfAttention(nn.Module):
         packed, ragged = as_packed(x, ragged)
         packed = packed.to(self.output.weight.dtype)
         # bags that lie densely one behind the other already are what a dense tensor holds
-        packed, ragged = (packed, ragged) if shape else one_behind_the_other(packed, ragged)
+        packed, ragged = (packed, ragged) if shape else in_batch_order(packed, ragged)
         split = (3, self.heads, self.dim_head)
         query, key, value = self.query_key_value(packed).unflatten(1, split).unbind(1)
         marks = segment_means(packed, ragged, self.landmarks, backend=self.backend)
@@ -150,10 +150,7 @@ def segment_means(
     starts, lengths = ragged.starts[:, None] + edges[:, :-1], edges.diff(dim=1)
     longest = -(-ragged.max_length // n_marks)
     runs = Ragged(starts.flatten(), lengths.flatten(), ragged.total, longest)
-    # a zero query gives every row of a run the same weight
-    rows = x.new_zeros(runs.n_bags, 1, x.shape[1], dtype=accumulation_type(x.dtype))
-    means = pool_bag(rows, x, ragged=runs, backend=backend).pooled[:, 0]
-    means = means.to(x.dtype).view(ragged.n_bags, n_marks, x.shape[1])
+    means = bag_mean(x, runs, backend=backend).to(x.dtype).view(ragged.n_bags, n_marks, x.shape[1])
     return Landmarks(means, edge[:-1] < count)
 
 
@@ -187,15 +184,18 @@ def nystrom_attention(
     query_marks, key_marks, value_marks = marked
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     lengths, n_marks = ragged.lengths, present.sum(1)
-    means = cross_attention(
-        query_marks, key, value, key_ragged=ragged, scale=scale, backend=backend
-    )  # [B, m, H, d]
-    inverse = _inverse_between(query_marks, key_marks, present, scale, iterations)
-    with torch.autocast(query.device.type, enabled=False):
-        mixed = torch.einsum("bhij,bjhd->bihd", inverse, means.to(inverse.dtype))
-    # every row is its own landmark: softmax and pseudo-inverse cancel
-    short = (lengths <= n_marks)[:, None, None, None]
-    mixed = torch.where(short, value_marks.to(mixed.dtype), mixed).to(key_marks.dtype)
+    # where every row is its own landmark, softmax and pseudo-inverse cancel
+    mixed = value_marks
+    if ragged.max_length > present.shape[1]:
+        means = cross_attention(
+            query_marks, key, value, key_ragged=ragged, scale=scale, backend=backend
+        )  # [B, m, H, d]
+        inverse = _inverse_between(query_marks, key_marks, present, scale, iterations)
+        with torch.autocast(query.device.type, enabled=False):
+            mixed = torch.einsum("bhij,bjhd->bihd", inverse, means.to(inverse.dtype))
+        short = (lengths <= n_marks)[:, None, None, None]
+        mixed = torch.where(short, value_marks.to(mixed.dtype), mixed)
+    mixed = mixed.to(key_marks.dtype)
     bias = torch.zeros(present.shape, device=query.device, dtype=torch.float32)
     out, lse = cross_attention_with_lse(
         query,
@@ -207,8 +207,7 @@ def nystrom_attention(
         backend=backend,
     )
     stands_for = (lengths.clamp(min=1) / n_marks.clamp(min=1)).log().to(lse.dtype)
-    stands_for = stands_for.repeat_interleave(lengths, output_size=ragged.total)
-    return out, lse + stands_for[:, None]
+    return out, lse + ragged.per_patch(stands_for)[:, None]
 
 
 def _inverse_between(
@@ -273,9 +272,7 @@ def convolve_bags(values: Tensor, ragged: Ragged, filters: Tensor) -> Tensor:
     rows, place = values.flatten(1), None
     if ragged.n_bags > 1:
         # so many zero rows between two bags that no filter reaches across
-        bag = torch.arange(ragged.n_bags, device=values.device)
-        bag = bag.repeat_interleave(ragged.lengths, output_size=total)
-        place = torch.arange(total, device=values.device) + reach * bag
+        place = torch.arange(total, device=values.device) + reach * ragged.bags()
         apart = rows.new_zeros(total + reach * (ragged.n_bags - 1), rows.shape[1])
         rows = apart.index_copy(0, place, rows)
     # channels lie last in memory already, so neither side is transposed
@@ -286,12 +283,3 @@ def convolve_bags(values: Tensor, ragged: Ragged, filters: Tensor) -> Tensor:
     if place is not None:
         convolved = convolved.index_select(0, place)
     return convolved.unflatten(1, (heads, dim_head))
-
-
-def one_behind_the_other(x: Tensor, ragged: Ragged) -> tuple[Tensor, Ragged]:
-    """The rows of the bags in batch order, copied unless they are known to lie so: [total, dim]."""
-    known = ragged.n_bags == 1 and x.shape[0] == ragged.total
-    if not known and x.device.type == "cpu" and not torch.compiler.is_compiling():
-        ragged.check(x.shape[0])
-        known = x.shape[0] == ragged.total and torch.equal(ragged.starts, ragged.packed().starts)
-    return (x, ragged) if known else (x.index_select(0, packed_rows(ragged)), ragged.packed())

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from survfuse.layers.nystrom_attention import NystromSelfAttention
+from survfuse.layers.square_convolution import SquareConvolution
 from survfuse.ragged import Ragged
 
 
@@ -65,11 +63,9 @@ class NystromEncoder(nn.Module):
         sequences = Ragged.from_lengths([n + 1 for n in lengths], device=x.device)
         # row 0 is the class token, row 1 + i is x_i; one more in front of every sequence
         place = torch.arange(sequences.total, device=x.device)
-        bag = torch.arange(ragged.n_bags, device=x.device)
-        bag = bag.repeat_interleave(sequences.lengths, output_size=sequences.total)
-        first = place == sequences.starts[bag]
+        first = sequences.places() == 0
         x = torch.cat([self.class_token.to(x.dtype), x])
-        x = x.index_select(0, torch.where(first, 0, place - bag))  # [total + B, dim]
+        x = x.index_select(0, torch.where(first, 0, place - sequences.bags()))  # [total + B, dim]
         x = self._run(self._layer, 0, x, sequences)
         if self.square is not None:
             x = self._run(self.square, x, lengths)
@@ -84,42 +80,3 @@ class NystromEncoder(nn.Module):
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(function, *arguments, use_reentrant=False)
         return function(*arguments)
-
-
-class SquareConvolution(nn.Module):
-    """x + conv7(x) + conv5(x) + conv3(x), depthwise, of rows laid out as a square map row by row.
-
-    A sequence is continued by its first rows up to a square number, and cut again behind the
-    convolution, so that repeated rows are neighbours and nothing else. The three convolutions are
-    one whose kernel is their sum.
-
-    Source: Shao et al., "TransMIL", NeurIPS 2021, "pyramid position encoding generator".
-    """
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        convolutions = [nn.Conv2d(dim, dim, size, groups=dim) for size in (7, 5, 3)]
-        self.kernels = nn.ParameterList(layer.weight for layer in convolutions)
-        self.biases = nn.ParameterList(layer.bias for layer in convolutions)
-
-    def forward(self, x: Tensor, lengths: list[int]) -> Tensor:
-        """Sequences [total + B, dim], a class token in front of each, which stays as it is."""
-        padded = [
-            functional.pad(kernel, [(7 - kernel.shape[-1]) // 2] * 4) for kernel in self.kernels
-        ]
-        kernel, bias = sum(padded).to(x.dtype), sum(self.biases).to(x.dtype)
-        found = []
-        for part in x.split([n + 1 for n in lengths]):
-            token, rows = part[:1], part[1:]  # [1, dim], [n, dim]
-            found.append(token)
-            if len(rows):
-                found.append(rows + self._convolve(rows, kernel, bias))
-        return torch.cat(found)
-
-    def _convolve(self, rows: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
-        n, dim = rows.shape
-        side = math.isqrt(n - 1) + 1
-        square = torch.cat([rows, rows[: side * side - n]]).view(1, side, side, dim)
-        square = square.permute(0, 3, 1, 2)  # [1, dim, side, side], channels last in memory
-        square = functional.conv2d(square, kernel, bias, padding=3, groups=dim)
-        return square.permute(0, 2, 3, 1).reshape(side * side, dim)[:n]

@@ -12,6 +12,7 @@ from survfuse.ops import (
     tokens_attend_bag_weights,
     tokens_attend_bag_with_lse,
 )
+from survfuse.ops.backends import plain_backend
 from survfuse.ops.project_bag import project_bag
 from survfuse.ragged import Ragged
 
@@ -39,34 +40,39 @@ class PatchProjection(nn.Linear):
 
     def forward(self, bag: Tensor, ragged: Ragged) -> Tensor:
         """[total, dim] of the type of the bag, of [T, D] and its ranges."""
-        rows = project_bag(bag, self.weight, self.bias, ragged=ragged)
         dropout = self.dropout if self.training else 0.0
         if self.activation == "none":
+            rows = project_bag(bag, self.weight, self.bias, ragged=ragged)
             return functional.dropout(rows, dropout)
         if torch.compiler.is_compiling():
             # a compiler decides itself what it keeps
+            rows = project_bag(bag, self.weight, self.bias, ragged=ragged)
             return functional.dropout(functional.relu(rows), dropout)
+        # what is not dropped is scaled by way of the weights, which commutes with the rectifier
+        weight, bias = (p / (1.0 - dropout) for p in (self.weight, self.bias))
+        rows = project_bag(bag, weight, bias, ragged=ragged)
         return ReluDropout.apply(rows, dropout)
 
 
 class ReluDropout(torch.autograd.Function):
-    """`dropout(relu(x))` that keeps its result and nothing else.
+    """`relu(x)`, some of it set to 0, that keeps its result and nothing else.
 
     The result is 0 where either of the two let nothing through, so it says all that the backward
-    needs, and an attention over it keeps it anyhow.
+    needs, and an attention over it keeps it anyhow. What is left is not scaled.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, dropout: float) -> Tensor:
-        out = functional.dropout(functional.relu(x), dropout)
+        out = functional.relu(x)
+        if dropout > 0:
+            out.masked_fill_(torch.empty_like(x, dtype=torch.bool).bernoulli_(dropout), 0.0)
         ctx.save_for_backward(out)
-        ctx.dropout = dropout
         return out
 
     @staticmethod
     def backward(ctx, d_out: Tensor) -> tuple[Tensor, None]:
         (out,) = ctx.saved_tensors
-        return torch.where(out <= 0, 0.0, d_out * (1.0 / (1.0 - ctx.dropout))), None
+        return torch.ops.aten.threshold_backward(d_out, out, 0.0), None
 
 
 class ProjectedBagAttention(nn.Module):
@@ -121,7 +127,7 @@ class ProjectedBagAttention(nn.Module):
         lse = self._attend(query, bag, ragged)[1]
         w_k = self._split(self.key.weight)
         # the weights have no kernel of their own: any backend but the reference means tiled
-        backend = "reference" if self.backend == "reference" else None
+        backend = plain_backend(self.backend)
 
         def run(part: Ragged) -> tuple[Tensor]:
             rows = self.project(bag, part)

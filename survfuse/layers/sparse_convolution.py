@@ -40,8 +40,7 @@ def coarse_cells(
     """
     device, n_bags = grid.index.device, ragged.n_bags
     reach = (kernel_size - stride) // 2
-    bags = torch.arange(n_bags, device=device)
-    bag = bags.repeat_interleave(ragged.lengths, output_size=ragged.total)
+    bag = ragged.bags()
     # a number for every coarse cell of every bag, row by row
     coarse_shapes = (grid.shapes + stride - 1) // stride
     n_coarse = coarse_shapes.prod(1)

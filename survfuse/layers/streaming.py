@@ -17,6 +17,8 @@ from survfuse.ragged import Ragged
 # what a piece needs for its gradients is small beside a bag
 _ROWS_ON_CPU = 3072
 _ROWS_ON_DEVICE = 16384
+# numbers in a piece of narrow rows, 4 MB in fp32: fewer would not be worth the calls
+_NUMBERS = 2**20
 
 
 RECOMPUTE = ("none", "light", "all")
@@ -75,9 +77,15 @@ def stream(
         return [checkpoint(run, part, use_reentrant=False, **keep) for part in parts]
 
 
-def default_rows(bag: Tensor) -> int:
-    """Rows of a piece on the device of the bag."""
-    return _ROWS_ON_CPU if bag.device.type == "cpu" else _ROWS_ON_DEVICE
+def default_rows(bag: Tensor, width: int | None = None) -> int:
+    """Rows of a piece on the device of the bag; more where what is computed of one is narrow.
+
+    Args:
+        bag: says where.
+        width: of a row of what is computed; None for wide ones.
+    """
+    rows = _ROWS_ON_CPU if bag.device.type == "cpu" else _ROWS_ON_DEVICE
+    return rows if width is None else max(rows, _NUMBERS // width)
 
 
 def pieces(ragged: Ragged, rows: int) -> list[Ragged]:

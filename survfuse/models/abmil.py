@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from survfuse.batch import Modality, ModelOutput
 from survfuse.layers.latent_attention import zero_gradients
 from survfuse.models.base import FusionModel, evaluating
-from survfuse.models.encoders import PatchPool, check_one_bag, token_width
+from survfuse.models.encoders import PatchPool, check_one_bag
 from survfuse.models.heads import TaskHeads
-from survfuse.models.inputs import PositionEncoding, encode_inputs
+from survfuse.models.inputs import PositionEncoding, encode_inputs, token_width
 from survfuse.models.settings import (
     ModalityConfig,
     check_integers,
@@ -100,7 +100,7 @@ class ABMIL(FusionModel):
         config: see `ABMILConfig`.
 
     Cost:
-        One projected bag is kept for the backward, and a byte per number of it.
+        One projected bag is kept for the backward.
 
     Example:
         >>> import torch

@@ -22,7 +22,6 @@ from survfuse.layers.fourier import (
     coordinate_positions,
     fourier_encode,
     index_positions,
-    packed_rows,
 )
 from survfuse.layers.gated_attention_pool import GatedAttentionPool
 from survfuse.layers.latent_attention import zero_gradients
@@ -204,8 +203,7 @@ class AMMASurv(FusionModel):
                 )
             places = coordinate_positions(bag.coords, ragged).to(kind)
             check_places(places, ragged, present)
-            there = present.repeat_interleave(ragged.lengths, output_size=ragged.total)
-            places = torch.where(there[:, None], places, 0.0)
+            places = torch.where(ragged.per_patch(present)[:, None], places, 0.0)
         channels = fourier_encode(
             places, bands=self.config.fourier_bands, max_frequency=self.config.max_frequency
         )
@@ -289,8 +287,7 @@ class AMMASurv(FusionModel):
                     found = gene_weights(layer, *given)
                     for (table, group), column in zip(self.gene_tokens.names, found.unbind(1)):
                         weights[f"layer {i} {table}:{group}"] = column
-            there = batch.has_patches
-            there = there.repeat_interleave(batch.ragged.lengths, output_size=batch.ragged.total)
+            there = batch.ragged.per_patch(batch.has_patches)
             pool = self.pool.weights(patches, batch.ragged, reduce="rows")
             weights["pool"] = torch.where(there, pool, 0.0)
         return {self.config.bag: weights}
@@ -301,7 +298,6 @@ def _without_denied(features: Tensor, ragged: Ragged, present: Tensor) -> Tensor
     on_host = features.device.type == "cpu" and not torch.compiler.is_compiling()
     if on_host and not bool((ragged.lengths > 0)[~present].any()):
         return None
-    there = present.repeat_interleave(ragged.lengths, output_size=ragged.total)
     bias = torch.full((features.shape[0],), -torch.inf, device=features.device)
-    allowed = torch.where(there, 0.0, -torch.inf)
-    return bias.scatter_reduce(0, packed_rows(ragged), allowed, "amax")
+    allowed = torch.where(ragged.per_patch(present), 0.0, -torch.inf)
+    return bias.scatter_reduce(0, ragged.rows(), allowed, "amax")

@@ -13,7 +13,9 @@ from survfuse.models.settings import (
     check_flags,
     check_integers,
     check_positive,
+    check_preset,
     check_probabilities,
+    check_widths,
     parse_modalities,
     parse_outputs,
 )
@@ -137,7 +139,7 @@ class AMMASurvConfig:
         check_positive(self, "max_frequency")
         check_flags(self, "learned_importance", "count_normalised", "checkpoint")
         check_backend(self.backend)
-        object.__setattr__(self, "gene_hidden", _check_widths(self.gene_hidden))
+        check_widths(self, "gene_hidden", least=0)
         object.__setattr__(self, "blocks", _check_blocks(self.blocks, self.depth))
         self._check_kinds()
 
@@ -198,17 +200,9 @@ class AMMASurvConfig:
         Raises:
             ValueError: an unknown preset, or modalities that are not as above.
         """
-        if name not in cls.PRESETS:
-            raise ValueError(f"name is {name!r}; it must be one of {list(cls.PRESETS)}")
+        check_preset(name, cls.PRESETS)
         outputs = {"survival": 4} if outputs is None else outputs
         return cls(modalities, outputs, blocks=_PRESETS[name])
-
-
-def _check_widths(widths: Sequence[int]) -> tuple[int, ...]:
-    bad = isinstance(widths, str) or not isinstance(widths, Sequence)
-    if bad or any(not isinstance(w, int) or isinstance(w, bool) or w < 1 for w in widths):
-        raise ValueError(f"gene_hidden is {widths!r}; it must hold integers of at least 1")
-    return tuple(widths)
 
 
 def _check_blocks(blocks: Any, depth: int) -> tuple[str, ...] | tuple[tuple[str, ...], ...]:

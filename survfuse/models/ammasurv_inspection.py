@@ -66,9 +66,8 @@ def _mean_over_tokens(mass: Tensor, asking: str, batch: Membership) -> Tensor:
     """[B, 1 + tables] of [total, 1 + tables] (patches) or [B, G, 1 + tables] (genes)."""
     if asking == "p":
         lengths = batch.ragged.lengths
-        bag = torch.arange(len(lengths), device=mass.device)
-        bag = bag.repeat_interleave(lengths, output_size=batch.ragged.total)
-        total = mass.new_zeros(len(lengths), mass.shape[1]).index_add(0, bag, mass)
+        total = mass.new_zeros(len(lengths), mass.shape[1])
+        total = total.index_add(0, batch.ragged.bags(), mass)
         mean = total / lengths.clamp(min=1)[:, None]
         return torch.where(batch.has_patches[:, None], mean, 0.0)
     present = batch.has_genes[..., None]
@@ -94,5 +93,4 @@ def gene_weights(
         **layer.patches.norms(),
     )
     there = batch.has_genes & batch.has_patches[:, None]
-    there = there.repeat_interleave(batch.ragged.lengths, 0, output_size=batch.ragged.total)
-    return torch.where(there, weights, 0.0)
+    return torch.where(batch.ragged.per_patch(there), weights, 0.0)

@@ -10,7 +10,6 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from survfuse.layers.feed_forward import GatedFeedForward
-from survfuse.layers.fourier import packed_rows
 from survfuse.layers.nystrom_attention import nystrom_attention, segment_means
 from survfuse.models.ammasurv_config import AMMASurvConfig
 from survfuse.ops import (
@@ -196,10 +195,7 @@ class AsymmetricLayer(nn.Module):
         heads = None if normed is None else self.patches.project(normed)
         if "pp" in self.blocks:
             out, lse = self._patches_to_patches(normed, heads, batch.ragged, dropout)
-            row_bias = patch_bias.repeat_interleave(
-                batch.ragged.lengths, output_size=batch.ragged.total
-            )
-            found["p"]["p"] = Part(out, lse + row_bias[:, None])
+            found["p"]["p"] = Part(out, lse + batch.ragged.per_patch(patch_bias)[:, None])
         if "pg" in self.blocks:
             found["p"]["g"] = self.patches_to_genes(
                 patches, heads, genes.key, genes.value, gene_bias, batch, dropout
@@ -246,7 +242,7 @@ class AsymmetricLayer(nn.Module):
                 )
             else:
                 results.append(self._through_landmarks(normed, heads, part))
-            places.append(packed_rows(part) if len(groups) > 1 else None)
+            places.append(part.rows() if len(groups) > 1 else None)
         if len(groups) == 1:
             return results[0]
         # bags of both kinds: back into the order of the batch

@@ -22,12 +22,11 @@ from survfuse.layers.projected_attention import PatchProjection
 from survfuse.models.base import FusionModel, evaluating
 from survfuse.models.cmta_config import CMTAConfig
 from survfuse.models.heads import TaskHeads
-from survfuse.models.inputs import Tokens, encode_inputs
+from survfuse.models.inputs import Tokens, encode_inputs, token_width
 from survfuse.models.patches_and_genes import (
     GeneSide,
     KnownTokens,
     patch_modality,
-    patch_width,
     weights_by_group,
 )
 from survfuse.ops import (
@@ -36,6 +35,7 @@ from survfuse.ops import (
     tokens_attend_bag_weights,
     tokens_attend_bag_with_lse,
 )
+from survfuse.ops.backends import plain_backend
 from survfuse.ragged import Ragged
 
 __all__ = ["CMTA", "CMTAConfig"]
@@ -169,15 +169,16 @@ class CMTA(FusionModel):
             _, lse = tokens_attend_bag_with_lse(
                 query, patches, w_k, w_v, ragged=ragged, backend=backend
             )
-            # the weights have no kernel of their own: any backend but the reference means tiled
-            backend = "reference" if backend == "reference" else None
             weights = tokens_attend_bag_weights(
-                query, patches, w_k, lse, ragged=ragged, reduce="heads", backend=backend
+                query,
+                patches,
+                w_k,
+                lse,
+                ragged=ragged,
+                reduce="heads",
+                backend=plain_backend(backend),
             )
-        found = weights_by_group(
-            self.genes.names, weights, genes.usable, bag.present, ragged.lengths
-        )
-        return {self.patches: found}
+        return {self.patches: weights_by_group(self.genes, weights, genes.usable, bag)}
 
     def _make_encoder(self, *, square: bool) -> NystromEncoder:
         config = self.config
@@ -264,7 +265,7 @@ class PatchLayers(nn.Module):
 
     def __init__(self, config: CMTAConfig) -> None:
         super().__init__()
-        width = patch_width(config.modalities[patch_modality(config.modalities, "CMTA")])
+        width = token_width(config.modalities[patch_modality(config.modalities, "CMTA")])
         widths, dropout = [*config.patch_widths, config.dim], config.patch_dropout
         self.first = PatchProjection(width, widths[0], dropout=dropout)
         self.rest = nn.Sequential(

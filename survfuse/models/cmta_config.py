@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 from survfuse.models.patches_and_genes import (
     check_heads,
-    check_widths,
     patch_modality,
 )
 from survfuse.models.settings import (
@@ -17,7 +16,9 @@ from survfuse.models.settings import (
     check_flags,
     check_integers,
     check_number,
+    check_preset,
     check_probabilities,
+    check_widths,
     parse_modalities,
     parse_outputs,
 )
@@ -83,8 +84,7 @@ class CMTAConfig:
         lows = {"dim": 1, "encoder_heads": 1, "attention_heads": 1, "landmarks": 1}
         check_integers(self, {**lows, "bilinear_scale": 1})
         check_heads(self, "dim", "encoder_heads", "attention_heads")
-        check_widths(self, "gene_widths")
-        check_widths(self, "patch_widths")
+        check_widths(self, "gene_widths", "patch_widths")
         check_choice(self, "gene_activation", ("selu", "elu"))
         check_choice(self, "alignment", ALIGNMENTS)
         check_choice(self, "fusion", ("concat", "bilinear"))
@@ -114,8 +114,7 @@ class CMTAConfig:
         Raises:
             ValueError: an unknown preset, or modalities that are not as above.
         """
-        if name not in cls.PRESETS:
-            raise ValueError(f"name is {name!r}; it must be one of {list(cls.PRESETS)}")
+        check_preset(name, cls.PRESETS)
         settings: dict[str, Any] = {} if name == "paper" else {"gene_activation": "elu"}
         if name == "released:large":
             settings |= {"gene_widths": (1024, 1024, 1024), "patch_widths": (512,)}

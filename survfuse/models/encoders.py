@@ -7,15 +7,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from survfuse.layers.fourier import fourier_channels
 from survfuse.layers.gated_attention_pool import GatedAttentionPool
 from survfuse.layers.latent_attention import zero_gradients
+from survfuse.layers.projected_attention import PatchProjection
 from survfuse.layers.self_normalizing_network import SelfNormalizingNetwork
-from survfuse.models.inputs import PositionEncoding, Tokens
-from survfuse.models.settings import ModalityConfig
-from survfuse.ops import pool_bag
-from survfuse.ops.project_bag import project_bag
-from survfuse.pooling import accumulation_type
+from survfuse.layers.streaming import default_rows, stream
+from survfuse.models.inputs import PositionEncoding, Tokens, token_width
+from survfuse.models.settings import ModalityConfig, bags_and_graphs
+from survfuse.ops import merge_attention
 from survfuse.ragged import Ragged, as_packed
 
 
@@ -45,33 +44,36 @@ class PatchPool(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        self.project = nn.Linear(width, dim)
+        self.project = PatchProjection(width, dim, dropout=dropout)
         self.pool = GatedAttentionPool(dim, hidden, dropout=attention_dropout, backend=backend)
-        self.dropout = dropout
 
     def forward(self, tokens: Tokens) -> Tensor:
         """[B, dim] of the type of the parameters; zeros for a bag without rows."""
-        rows, ragged = self.projected(tokens)
-        return self.pool(rows, ragged)[:, 0]
+        return self._pooled(*as_packed(tokens.features, tokens.ragged))[0][:, 0]
 
     def weights(self, tokens: Tokens) -> Tensor:
         """The weight of every token [total], packed in batch order; 0 where absent."""
-        rows, ragged = self.projected(tokens)
-        weights = self.pool.weights(rows, ragged, reduce="rows")
-        return torch.where(present_rows(tokens, ragged), weights, 0.0)
-
-    def projected(self, tokens: Tokens) -> tuple[Tensor, Ragged]:
-        """The projected tokens [total, dim], packed in batch order, and their ranges."""
         bag, ragged = as_packed(tokens.features, tokens.ragged)
-        dropout = self.dropout if self.training else 0.0
-        # what is not dropped is scaled by way of the weights, which commutes with the rectifier:
-        # both are one mask of single bytes, and nothing else of the bag's length is kept
-        weight, bias = (p / (1.0 - dropout) for p in (self.project.weight, self.project.bias))
-        rows = project_bag(bag, weight, bias, ragged=ragged)
-        zeros = rows <= 0
-        if dropout > 0:
-            zeros |= torch.empty_like(zeros).bernoulli_(dropout)
-        return rows.masked_fill(zeros, 0.0), ragged.packed()
+        _, lse = self._pooled(bag, ragged)
+
+        def run(part: Ragged) -> tuple[Tensor]:
+            rows = self.project(bag, part)
+            return (self.pool.weights(rows, part.packed(), lse=lse, reduce="rows"),)
+
+        weights = torch.cat([found for (found,) in self._stream(run, bag, ragged)])
+        return torch.where(ragged.per_patch(tokens.present), weights, 0.0)
+
+    def _pooled(self, bag: Tensor, ragged: Ragged) -> tuple[Tensor, Tensor]:
+        """[B, 1, dim] and the logsumexp [B, 1], piece by piece; the projected bag is kept."""
+
+        def run(part: Ragged) -> tuple[Tensor, Tensor]:
+            return self.pool.with_lse(self.project(bag, part), part.packed())
+
+        found = self._stream(run, bag, ragged)
+        return found[0] if len(found) == 1 else merge_attention(*zip(*found, strict=True))
+
+    def _stream(self, run, bag: Tensor, ragged: Ragged) -> list[tuple[Tensor, ...]]:
+        return stream(run, bag, ragged, rows=default_rows(bag, self.project.out_features))
 
 
 class VectorEncoder(nn.Module):
@@ -163,34 +165,9 @@ class VectorEncoder(nn.Module):
         }
 
 
-def mean_of_tokens(tokens: Tokens, *, backend: str | None = None) -> Tensor:
-    """[B, width], the mean of each sample's tokens in fp32 (fp64); zeros without any."""
-    bag, ragged = as_packed(tokens.features, tokens.ragged)
-    # a zero query gives every token the same weight
-    rows = bag.new_zeros(ragged.n_bags, 1, bag.shape[1], dtype=accumulation_type(bag.dtype))
-    return pool_bag(rows, bag, ragged=ragged, backend=backend).pooled[:, 0]
-
-
-def present_rows(tokens: Tokens, ragged: Ragged) -> Tensor:
-    """[total] bool, whether the sample of each packed token has the modality."""
-    return tokens.present.repeat_interleave(ragged.lengths, output_size=ragged.total)
-
-
-def token_width(modality: ModalityConfig, positions: PositionEncoding | None) -> int:
-    """Channels of one token as `encode_inputs` gives it."""
-    own = 1 if modality.table_tokens == "features" else modality.channels
-    encoded = 0 if positions is None else fourier_channels(modality.axes, positions.bands)
-    return own + encoded + modality.walk_steps
-
-
 def is_vector(modality: ModalityConfig) -> bool:
     """Whether a sample is one token, the row of a table."""
     return modality.kind == "table" and modality.table_tokens == "one"
-
-
-def bags_and_graphs(modalities: Mapping[str, ModalityConfig]) -> list[str]:
-    """The modalities whose tokens are patches or nodes."""
-    return [name for name, modality in modalities.items() if modality.kind in ("bag", "graph")]
 
 
 def check_one_bag(model: str, modalities: Mapping[str, ModalityConfig]) -> None:

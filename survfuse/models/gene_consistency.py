@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from survfuse.ops import pool_bag
+from survfuse.layers.bag_mean import bag_mean
 from survfuse.ops.registration import autocast_off
 from survfuse.ragged import Ragged
 
@@ -95,10 +95,7 @@ def offset_histogram(offsets: Tensor, ragged: Ragged, *, reach: float, n_bins: i
     near = (1.0 - (offsets[..., None] - nodes).abs() / step).clamp(min=0.0)  # [P, G, 2, n]
     shares = near[..., 0, :, None] * near[..., 1, None, :]  # [P, G, n, n]
     flat = shares.flatten(1).contiguous()  # [P, G n n]
-    # a zero query gives every point the same weight
-    query = flat.new_zeros(ragged.n_bags, 1, flat.shape[1])
-    pooled = pool_bag(query, flat, ragged=ragged).pooled[:, 0]
-    return pooled.unflatten(1, (offsets.shape[1], -1))
+    return bag_mean(flat, ragged).to(flat.dtype).unflatten(1, (offsets.shape[1], -1))
 
 
 def _unit_rows(matrix: Tensor) -> Tensor:

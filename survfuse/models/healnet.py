@@ -24,7 +24,7 @@ from survfuse.models.base import FusionModel, evaluating
 from survfuse.models.heads import TaskHeads
 from survfuse.models.healnet_config import HEALNetConfig
 from survfuse.models.healnet_released import convert_released, released_config
-from survfuse.models.inputs import PositionEncoding, Tokens, encode_inputs
+from survfuse.models.inputs import Tokens, encode_inputs
 
 __all__ = ["HEALNet"]
 
@@ -82,9 +82,7 @@ class HEALNet(FusionModel):
             )
             for i in range(n_sets[config.weight_sharing])
         )
-        self.positions = (
-            PositionEncoding(config.fourier_bands, config.max_frequency) if config.fourier else None
-        )
+        self.positions = config.positions
         self.readout = TaskHeads(config.latent_dim, config.outputs, norm=bool(config.outputs))
 
     def forward(self, inputs: Mapping[str, Modality]) -> ModelOutput:
@@ -309,8 +307,7 @@ class FusionLayer(nn.Module):
             found = update.new_ones(tokens.shape) if found is None else found.view(tokens.shape)
             present = tokens.present
             if not dense:
-                lengths, total = tokens.ragged.lengths, tokens.ragged.total
-                present = present.repeat_interleave(lengths, output_size=total)
+                present = tokens.ragged.per_patch(present)
             present = present.view(-1, *[1] * (found.dim() - 1))
             weights.append(torch.where(present, found, 0.0))
         return update

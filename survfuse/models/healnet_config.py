@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
-from survfuse.layers.fourier import fourier_channels
+from survfuse.models.inputs import PositionEncoding, token_width
 from survfuse.models.settings import (
     ModalityConfig,
     check_choice,
@@ -14,6 +14,7 @@ from survfuse.models.settings import (
     check_integers,
     check_number,
     check_positive,
+    check_preset,
     check_probabilities,
     parse_modalities,
     parse_outputs,
@@ -108,10 +109,12 @@ class HEALNetConfig:
 
     def token_width(self, name: str) -> int:
         """Channels of one token of a modality, encodings included."""
-        modality = self.modalities[name]
-        own = 1 if modality.table_tokens == "features" else modality.channels
-        encoded = fourier_channels(modality.axes, self.fourier_bands) if self.fourier else 0
-        return own + encoded + modality.walk_steps
+        return token_width(self.modalities[name], self.positions)
+
+    @property
+    def positions(self) -> PositionEncoding | None:
+        """How the axes of the modalities are encoded, if at all."""
+        return PositionEncoding(self.fourier_bands, self.max_frequency) if self.fourier else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and dicts, as JSON and YAML hold them."""
@@ -142,8 +145,7 @@ class HEALNetConfig:
         Raises:
             ValueError: an unknown preset, or modalities that are not as above.
         """
-        if name not in cls.PRESETS:
-            raise ValueError(f"name is {name!r}; it must be one of {list(cls.PRESETS)}")
+        check_preset(name, cls.PRESETS)
         given = parse_modalities(modalities)
         # a pair leaves the encodings to the preset
         for key, value in modalities.items():

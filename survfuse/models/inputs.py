@@ -12,10 +12,10 @@ from survfuse.batch import ArrayBatch, BagBatch, GraphBatch, Modality, TableBatc
 from survfuse.layers.fourier import (
     append_channels,
     coordinate_positions,
+    fourier_channels,
     fourier_encode,
     grid_positions,
     index_positions,
-    packed_rows,
 )
 from survfuse.layers.graph_encoding import random_walk_encoding
 from survfuse.models.settings import ModalityConfig
@@ -38,6 +38,13 @@ class Tokens(NamedTuple):
     ragged: Ragged | None
     present: Tensor  # [B] bool
     shape: tuple[int, ...]  # of per-token results: (total,), (B, *axes), (B, F) or (B,)
+
+
+def token_width(modality: ModalityConfig, positions: PositionEncoding | None = None) -> int:
+    """Channels of one token as `encode_inputs` with these positions gives it."""
+    own = 1 if modality.table_tokens == "features" else modality.channels
+    encoded = 0 if positions is None else fourier_channels(modality.axes, positions.bands)
+    return own + encoded + modality.walk_steps
 
 
 def encode_inputs(
@@ -174,7 +181,7 @@ def _without_denied(features: Tensor, ragged: Ragged, present: Tensor) -> tuple[
     if not bool((ragged.lengths > 0)[~present].any()):
         return features, ragged
     there = present.repeat_interleave(ragged.lengths, output_size=ragged.total)
-    rows = features.index_select(0, packed_rows(ragged))
+    rows = features.index_select(0, ragged.rows())
     return torch.where(there[:, None], rows, 0.0), ragged.packed()
 
 
@@ -187,7 +194,7 @@ def check_places(places: Tensor, ragged: Ragged, present: Tensor) -> None:
         return
     if bool(places.isnan().any()):
         unknown = places.isnan().any(-1)
-        bag = torch.arange(ragged.n_bags).repeat_interleave(ragged.lengths)
+        bag = ragged.bags()
         samples = sorted(set(bag[unknown & present[bag]].tolist()))
         if samples:
             raise ValueError(

@@ -21,15 +21,13 @@ from survfuse.layers.projected_attention import ProjectedBagAttention
 from survfuse.layers.token_encoder import TokenEncoder
 from survfuse.models.base import FusionModel, evaluating
 from survfuse.models.heads import TaskHeads
-from survfuse.models.inputs import Tokens, encode_inputs
+from survfuse.models.inputs import Tokens, encode_inputs, token_width
 from survfuse.models.patches_and_genes import (
     GeneSide,
     KnownTokens,
     check_heads,
     check_piece_rows,
-    check_widths,
     patch_modality,
-    patch_width,
     weights_by_group,
 )
 from survfuse.models.settings import (
@@ -37,7 +35,9 @@ from survfuse.models.settings import (
     check_choice,
     check_flags,
     check_integers,
+    check_preset,
     check_probabilities,
+    check_widths,
     parse_modalities,
     parse_outputs,
 )
@@ -127,8 +127,7 @@ class MCATConfig:
         Raises:
             ValueError: an unknown preset, or modalities that are not as above.
         """
-        if name not in cls.PRESETS:
-            raise ValueError(f"name is {name!r}; it must be one of {list(cls.PRESETS)}")
+        check_preset(name, cls.PRESETS)
         settings: dict[str, Any] = {} if name == "paper" else {"gene_activation": "elu"}
         if name == "released:big":
             settings["gene_widths"] = (1024, 1024, 1024)
@@ -179,7 +178,7 @@ class MCAT(FusionModel):
         shape |= {"hidden": config.encoder_hidden}
         self.gene_encoder = TokenEncoder(config.dim, **shape, dropout=config.dropout)
         if self.patches is not None:
-            self.attention = self._make_attention(patch_width(config.modalities[self.patches]))
+            self.attention = self._make_attention(token_width(config.modalities[self.patches]))
             self.patch_encoder = TokenEncoder(config.dim, **shape, dropout=config.dropout)
         self.missing_patches = nn.Parameter(torch.zeros(config.dim))
         if config.fusion == "concat":
@@ -225,10 +224,7 @@ class MCAT(FusionModel):
                 return {}
             bag, genes = tokens[self.patches], self.genes(inputs, n_samples)
             weights = self._weights(genes, bag)
-        found = weights_by_group(
-            self.genes.names, weights, genes.usable, bag.present, bag.ragged.lengths
-        )
-        return {self.patches: found}
+        return {self.patches: weights_by_group(self.genes, weights, genes.usable, bag)}
 
     def _make_attention(self, width: int) -> nn.Module:
         """The module that reads patches of this width."""

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from survfuse.batch import Modality, ModelOutput
+from survfuse.layers.bag_mean import bag_mean
 from survfuse.layers.latent_attention import zero_gradients
 from survfuse.models.base import FusionModel
-from survfuse.models.encoders import mean_of_tokens
 from survfuse.models.heads import TaskHeads
 from survfuse.models.inputs import Tokens, encode_inputs
 from survfuse.models.settings import (
     ModalityConfig,
     check_integers,
+    check_preset,
     check_probabilities,
     parse_modalities,
     parse_outputs,
@@ -72,8 +73,7 @@ class MeanPoolConfig:
         Raises:
             ValueError: another name.
         """
-        if name not in cls.PRESETS:
-            raise ValueError(f"name is {name!r}; it must be one of {list(cls.PRESETS)}")
+        check_preset(name, cls.PRESETS)
         return cls(modalities, {"survival": 4} if outputs is None else outputs)
 
 
@@ -144,7 +144,7 @@ def _mean(tokens: Tokens, backend: str | None) -> Tensor:
     """[B, channels]; zeros where there is nothing to average."""
     if tokens.ragged is None and tokens.features.dim() == 2:
         return tokens.features
-    return mean_of_tokens(tokens, backend=backend)
+    return bag_mean(tokens.features, tokens.ragged, backend=backend)
 
 
 def _without_encodings(modality: ModalityConfig) -> ModalityConfig:

@@ -22,6 +22,7 @@ from survfuse.models.settings import (
     check_choice,
     check_integers,
     check_positive,
+    check_preset,
 )
 
 __all__ = ["MOTCat", "MOTCatConfig"]
@@ -83,8 +84,7 @@ class MOTCatConfig(MCATConfig):
         Raises:
             ValueError: an unknown preset, or modalities that are not as above.
         """
-        if name not in cls.PRESETS:
-            raise ValueError(f"name is {name!r}; it must be one of {list(cls.PRESETS)}")
+        check_preset(name, cls.PRESETS)
         base, _, size = name.partition(":")
         config = super().from_preset(base, modalities=modalities, outputs=outputs)
         return replace(config, micro_batch=int(size)) if size else config

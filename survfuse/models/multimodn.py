@@ -14,18 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from survfuse.batch import Modality, ModelOutput
+from survfuse.layers.bag_mean import bag_mean
 from survfuse.layers.latent_attention import zero_gradients
 from survfuse.models.base import FusionModel, evaluating
 from survfuse.models.encoders import (
     PatchPool,
-    bags_and_graphs,
     is_vector,
-    mean_of_tokens,
-    token_width,
 )
-from survfuse.models.inputs import PositionEncoding, Tokens, encode_inputs
+from survfuse.models.inputs import PositionEncoding, Tokens, encode_inputs, token_width
 from survfuse.models.settings import (
     ModalityConfig,
+    bags_and_graphs,
     check_choice,
     check_integers,
     check_number,
@@ -232,7 +231,7 @@ class StateStep(nn.Module):
         elif self.pool is not None:
             features = self.pool(tokens)  # [B, patch_dim]
         else:
-            features = mean_of_tokens(tokens, backend=self.backend)  # [B, width]
+            features = bag_mean(tokens.features, tokens.ragged, backend=self.backend)  # [B, width]
         features = self.features(features.to(state.dtype))  # [B, encoder_widths[-1]]
         return self.update(torch.cat([features, state], 1))  # [B, state_dim]
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from survfuse.batch import Modality
 from survfuse.models.gene_tokens import GeneTokens
-from survfuse.models.settings import ModalityConfig
+from survfuse.models.inputs import Tokens
+from survfuse.models.settings import ModalityConfig, bags_and_graphs
 
 
 class KnownTokens(NamedTuple):
@@ -74,7 +75,7 @@ def patch_modality(modalities: Mapping[str, ModalityConfig], model: str) -> str 
     Raises:
         ValueError: there are several, there is no table, or a modality is of another kind.
     """
-    patches = [name for name, item in modalities.items() if item.kind in ("bag", "graph")]
+    patches = bags_and_graphs(modalities)
     if len(patches) > 1:
         raise ValueError(
             f"data.modalities holds the bags or graphs {patches}; {model} reads one of them beside "
@@ -89,24 +90,6 @@ def patch_modality(modalities: Mapping[str, ModalityConfig], model: str) -> str 
     if len(modalities) == len(patches):
         raise ValueError(f"data.modalities holds no table; {model} needs at least one of genes")
     return patches[0] if patches else None
-
-
-def patch_width(modality: ModalityConfig) -> int:
-    """Numbers per patch as `encode_inputs` without positions gives them."""
-    return modality.channels + modality.walk_steps
-
-
-def check_widths(config: Any, name: str) -> None:
-    """Make the field a tuple of at least one positive integer.
-
-    Raises:
-        ValueError: it is none.
-    """
-    value = getattr(config, name)
-    good = isinstance(value, (tuple, list)) and len(value) > 0
-    if not good or not all(type(width) is int and width > 0 for width in value):
-        raise ValueError(f"{name} is {value!r}; it must hold at least one positive integer")
-    object.__setattr__(config, name, tuple(value))
 
 
 def check_heads(config: Any, dim: str, *names: str) -> None:
@@ -126,21 +109,18 @@ def check_piece_rows(config: Any) -> None:
 
 
 def weights_by_group(
-    names: Sequence[str], weights: Tensor, usable: Tensor, present: Tensor, lengths: Tensor
+    genes: GeneSide, weights: Tensor, usable: Tensor, bag: Tokens
 ) -> dict[str, Tensor]:
     """Weights [total, G] of patches as one [total] per gene group.
 
     A group that a sample lacks, and a bag that counts as absent, have zeros.
 
     Args:
-        names: of the groups.
+        genes: whose groups look.
         weights: packed in batch order.
         usable: [B, G] bool, which groups look.
-        present: [B] bool, which bags count.
-        lengths: [B] of the bags.
+        bag: what they look at.
     """
-    looks = (usable & present[:, None]).repeat_interleave(
-        lengths, dim=0, output_size=weights.shape[0]
-    )
+    looks = bag.ragged.per_patch(usable & bag.present[:, None])
     weights = torch.where(looks, weights, 0.0)
-    return dict(zip(names, weights.unbind(1), strict=True))
+    return dict(zip(genes.names, weights.unbind(1), strict=True))

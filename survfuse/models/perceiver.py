@@ -16,15 +16,16 @@ from survfuse.batch import Modality, ModelOutput
 from survfuse.layers.feed_forward import GatedFeedForward
 from survfuse.layers.latent_attention import LatentSelfAttention, zero_gradients
 from survfuse.models.base import FusionModel, evaluating
-from survfuse.models.encoders import bags_and_graphs, present_rows, token_width
 from survfuse.models.heads import TaskHeads
-from survfuse.models.inputs import PositionEncoding, Tokens, encode_inputs
+from survfuse.models.inputs import PositionEncoding, Tokens, encode_inputs, token_width
 from survfuse.models.perceiver_config import PerceiverConfig
+from survfuse.models.settings import bags_and_graphs
 from survfuse.ops import (
     merge_attention,
     tokens_attend_bag_weights,
     tokens_attend_bag_with_lse,
 )
+from survfuse.ops.backends import plain_backend
 from survfuse.pooling import accumulation_type
 
 __all__ = ["Perceiver", "PerceiverConfig"]
@@ -247,9 +248,9 @@ class UnionAttention(nn.Module):
             norm_eps=norm.eps,
             ragged=tokens.ragged,
             reduce="rows",
-            backend="reference" if self.backend == "reference" else None,
+            backend=plain_backend(self.backend),
         )
-        return torch.where(present_rows(tokens, tokens.ragged), weights, 0.0)
+        return torch.where(tokens.ragged.per_patch(tokens.present), weights, 0.0)
 
     def _attend(
         self, latents: Tensor, name: str, tokens: Tokens, common: CommonTokens

@@ -113,6 +113,11 @@ def parse_modalities(modalities: Mapping[str, Any]) -> dict[str, ModalityConfig]
     return parsed
 
 
+def bags_and_graphs(modalities: Mapping[str, ModalityConfig]) -> list[str]:
+    """The modalities whose tokens are patches or nodes."""
+    return [name for name, modality in modalities.items() if modality.kind in ("bag", "graph")]
+
+
 def default_modality(
     kind: str, channels: int, groups: Mapping[str, tuple[int, ...]] | None = None
 ) -> ModalityConfig:
@@ -161,16 +166,16 @@ def check_integers(config: Any, lows: Mapping[str, int]) -> None:
             raise ValueError(f"{name} is {value!r}; it must be an integer of at least {low}")
 
 
-def check_widths(config: Any, *names: str) -> None:
-    """Make each named field a tuple of layer widths, or raise unless it holds at least one."""
+def check_widths(config: Any, *names: str, least: int = 1) -> None:
+    """Make each named field a tuple of layer widths, or raise unless it holds so many of them."""
     for name in names:
         value = getattr(config, name)
-        whole = isinstance(value, (tuple, list)) and len(value) > 0
+        whole = isinstance(value, (tuple, list)) and len(value) >= least
         if not whole or any(not isinstance(w, int) or isinstance(w, bool) or w < 1 for w in value):
-            raise ValueError(
-                f"{name} is {value!r}; it must hold the width of at least one layer, each an "
-                "integer of at least 1"
+            number = (
+                f"the width of at least {least} layer, each an integer" if least else "integers"
             )
+            raise ValueError(f"{name} is {value!r}; it must hold {number} of at least 1")
         object.__setattr__(config, name, tuple(value))
 
 

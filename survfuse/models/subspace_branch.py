@@ -16,10 +16,10 @@ from survfuse.layers import (
     GatedAttentionPool,
     SelfNormalizingNetwork,
 )
+from survfuse.layers.bag_mean import bag_mean
 from survfuse.layers.latent_attention import zero_gradients
 from survfuse.models.subspace_config import SubspaceFusionConfig
 from survfuse.models.subspace_layout import SlideLayout
-from survfuse.ops import pool_bag
 from survfuse.ops.project_bag import project_bag
 from survfuse.ragged import Ragged
 
@@ -174,7 +174,7 @@ class SubspaceBranch(nn.Module):
         of_genes = self._of_genes(genes)  # [B, dim]
         if slides.index is None:
             bags = slides.packed
-            of_genes = of_genes.repeat_interleave(bags.lengths, 0, output_size=bags.total)
+            of_genes = bags.per_patch(of_genes)
             where = {"grid": slides.grid, "ragged": bags}
         else:
             patches = patches[slides.index]  # [n, cells, dim]
@@ -197,9 +197,7 @@ class SubspaceBranch(nn.Module):
             return self.gated_pool(tokens, ragged)[:, 0]
         if ragged is None:
             return tokens.mean(1)
-        # a zero query gives every patch the same weight
-        query = tokens.new_zeros(ragged.n_bags, 1, tokens.shape[1])
-        return pool_bag(query, tokens, ragged=ragged, backend=self.config.backend).pooled[:, 0]
+        return bag_mean(tokens, ragged, backend=self.config.backend).to(tokens.dtype)
 
     def _feature(self, pooled: Tensor) -> Tensor:
         return self.output(torch.tanh(self.pooler(pooled)))  # [B, dim]
@@ -213,8 +211,6 @@ class SubspaceBranch(nn.Module):
 def _shares(received: Tensor, slides: SlideLayout) -> Tensor:
     """Divided by the sum over each bag; zeros where nothing was received."""
     bags = slides.packed
-    bag = torch.arange(bags.n_bags, device=received.device).repeat_interleave(
-        bags.lengths, output_size=bags.total
-    )
+    bag = bags.bags()
     sums = received.new_zeros(bags.n_bags).index_add_(0, bag, received)[bag]
     return torch.where(sums > 0, received / torch.where(sums > 0, sums, 1.0), 0.0)

@@ -14,6 +14,7 @@ from survfuse.models.settings import (
     check_integers,
     check_number,
     check_positive,
+    check_preset,
     check_probabilities,
     parse_modalities,
     parse_outputs,
@@ -225,8 +226,7 @@ class SubspaceFusionConfig:
         Raises:
             ValueError: an unknown preset, or modalities that are not as above.
         """
-        if name not in cls.PRESETS:
-            raise ValueError(f"name is {name!r}; it must be one of {list(cls.PRESETS)}")
+        check_preset(name, cls.PRESETS)
         outputs = {"survival": 4} if outputs is None else outputs
         settings = {} if name == "paper" else RELEASED_ARITHMETIC
         return cls(modalities, outputs, **settings)

@@ -252,9 +252,7 @@ class SubspaceFusion(FusionModel):
         ragged = inputs[self.config.bag].ragged
         if ragged.total == slides.stored.total:
             return values
-        seen = (slides.stored.lengths > 0).repeat_interleave(
-            ragged.lengths, output_size=ragged.total
-        )
+        seen = ragged.per_patch(slides.stored.lengths > 0)
         everything = values.new_zeros(ragged.total)
         everything[seen] = values
         return everything

@@ -58,10 +58,7 @@ def lay_out(
         index = torch.stack([fill_map(n, cells) for n in lengths[samples].tolist()])
         index = index.to(lengths.device) + packed.starts[samples, None]
         return SlideLayout(stored, packed, None, samples, index)
-    bag = torch.arange(stored.n_bags, device=lengths.device).repeat_interleave(
-        lengths, output_size=stored.total
-    )
-    within = torch.arange(stored.total, device=lengths.device) - packed.starts[bag]
+    bag, within = stored.bags(), stored.places()
     # row by row on a map that is as high as wide, or one row less
     width = lengths.double().sqrt().ceil().long()[bag]
     square = torch.stack([within % width.clamp(min=1), within // width.clamp(min=1)], 1)

@@ -16,19 +16,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from survfuse.batch import Modality, ModelOutput
+from survfuse.layers.bag_mean import bag_mean
 from survfuse.layers.latent_attention import zero_gradients
 from survfuse.layers.projected_attention import PatchProjection
 from survfuse.layers.streaming import RECOMPUTE, stream
 from survfuse.models.base import FusionModel, evaluating
 from survfuse.models.heads import TaskHeads
-from survfuse.models.inputs import Tokens, encode_inputs
+from survfuse.models.inputs import Tokens, encode_inputs, token_width
 from survfuse.models.patches_and_genes import (
     GeneSide,
     check_heads,
     check_piece_rows,
-    check_widths,
     patch_modality,
-    patch_width,
     weights_by_group,
 )
 from survfuse.models.settings import (
@@ -36,7 +35,9 @@ from survfuse.models.settings import (
     check_choice,
     check_flags,
     check_integers,
+    check_preset,
     check_probabilities,
+    check_widths,
     parse_modalities,
     parse_outputs,
 )
@@ -45,10 +46,8 @@ from survfuse.ops import (
     cross_attention_weights,
     cross_attention_with_lse,
     merge_attention,
-    pool_bag,
 )
-from survfuse.ops.backends import check_backend
-from survfuse.pooling import accumulation_type
+from survfuse.ops.backends import check_backend, plain_backend
 from survfuse.ragged import Ragged
 
 __all__ = ["SurvPath", "SurvPathConfig"]
@@ -128,8 +127,7 @@ class SurvPathConfig:
         Raises:
             ValueError: an unknown preset, or modalities that are not as above.
         """
-        if name not in cls.PRESETS:
-            raise ValueError(f"name is {name!r}; it must be one of {list(cls.PRESETS)}")
+        check_preset(name, cls.PRESETS)
         settings: dict[str, Any] = {} if name == "paper" else {"gene_activation": "elu"}
         return cls(modalities, {"survival": 4} if outputs is None else outputs, **settings)
 
@@ -183,7 +181,7 @@ class SurvPath(FusionModel):
         self.norm = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * inner, bias=False)
         if self.patches is not None:
-            width = patch_width(config.modalities[self.patches])
+            width = token_width(config.modalities[self.patches])
             self.project = PatchProjection(width, dim, activation="none")
             shared = config.shared_qkv
             self.patch_qkv = None if shared else nn.Linear(dim, 3 * inner, bias=False)
@@ -255,7 +253,7 @@ class SurvPath(FusionModel):
             heads = self._token_heads(genes.values)
             blocks, _ = self._stream(bag, *heads, genes.bias)
             lse = torch.stack([lse for _, lse in blocks]).logsumexp(0)  # over the patches
-            backend = "reference" if self.config.backend == "reference" else None
+            backend = plain_backend(self.config.backend)
 
             def run(part: Ragged) -> tuple[Tensor]:
                 _, key, _ = self._patch_heads(bag.features, part)
@@ -272,12 +270,7 @@ class SurvPath(FusionModel):
 
             rows = self.config.piece_rows
             found = torch.cat([x for (x,) in stream(run, bag.features, bag.ragged, rows=rows)])
-        lengths = bag.ragged.lengths
-        return {
-            self.patches: weights_by_group(
-                self.genes.names, found, genes.usable, bag.present, lengths
-            )
-        }
+        return {self.patches: weights_by_group(self.genes, found, genes.usable, bag)}
 
     def _stream(
         self, bag: Tokens, query: Tensor, key: Tensor, value: Tensor, bias: Tensor
@@ -293,11 +286,7 @@ class SurvPath(FusionModel):
                 q, key, value, bias=bias, query_ragged=packed, backend=backend
             )  # [n, H, d]
             rows = self.feed_forward(own.flatten(1).to(query.dtype))  # [n, inner]
-            # a zero query gives every patch of a bag the same weight: their mean
-            flat = rows.new_zeros(
-                part.n_bags, 1, rows.shape[1], dtype=accumulation_type(rows.dtype)
-            )
-            mean = pool_bag(flat, rows, ragged=packed, backend=backend).pooled[:, 0]  # [B, inner]
+            mean = bag_mean(rows, packed, backend=backend)  # [B, inner]
             return read, lse, mean * part.lengths[:, None]
 
         found = stream(

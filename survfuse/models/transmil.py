@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from survfuse.batch import Modality, ModelOutput
-from survfuse.layers.fourier import index_in_bag
 from survfuse.layers.latent_attention import zero_gradients
 from survfuse.layers.nystrom_attention import NystromSelfAttention
+from survfuse.layers.square_convolution import SquareConvolution
 from survfuse.models.base import FusionModel, evaluating
-from survfuse.models.encoders import check_one_bag, present_rows, token_width
+from survfuse.models.encoders import check_one_bag
 from survfuse.models.heads import TaskHeads
-from survfuse.models.inputs import PositionEncoding, Tokens, encode_inputs
+from survfuse.models.inputs import PositionEncoding, Tokens, encode_inputs, token_width
 from survfuse.models.settings import (
     ModalityConfig,
     check_integers,
@@ -34,7 +34,7 @@ from survfuse.models.settings import (
     parse_outputs,
 )
 from survfuse.ops import cross_attention_weights, cross_attention_with_lse
-from survfuse.ops.backends import check_backend
+from survfuse.ops.backends import check_backend, plain_backend
 from survfuse.ops.project_bag import project_bag
 from survfuse.ragged import Ragged
 
@@ -192,7 +192,7 @@ class TransMIL(FusionModel):
         rows = functional.relu(rows).to(weight.dtype)  # [patches, dim]
         x = torch.cat([self.class_token, rows]).index_select(0, squares.rows)  # [total, dim]
         x = self.first(x, squares.ragged)  # [total, dim]
-        return self.square(x, squares.sides)  # [total, dim]
+        return self.square(x, [side * side for side in squares.sides])  # [total, dim]
 
     @torch.no_grad()
     def patch_attention(self, inputs: Mapping[str, Modality]) -> dict[str, dict[str, Tensor]]:
@@ -213,7 +213,7 @@ class TransMIL(FusionModel):
         class_row[ragged.starts] = True
         patches = squares.rows[~class_row] - 1
         summed = weights.new_zeros(found.ragged.total).index_add_(0, patches, weights)
-        present = present_rows(found, found.ragged)
+        present = found.ragged.per_patch(found.present)
         return {self.name: {"class token": torch.where(present, summed, 0.0)}}
 
 
@@ -226,10 +226,9 @@ def to_squares(ragged: Ragged) -> Squares:
     sides = [math.isqrt(length - 1) + 1 if length else 0 for length in lengths]
     counts = [side * side + 1 for side in sides]
     sequences = Ragged.from_lengths(counts, device=ragged.lengths.device)
-    place, _ = index_in_bag(sequences)
-    repeats = {"output_size": sequences.total}
-    length = ragged.lengths.repeat_interleave(sequences.lengths, **repeats)
-    start = ragged.packed().starts.repeat_interleave(sequences.lengths, **repeats)
+    place = sequences.places()
+    length = sequences.per_patch(ragged.lengths)
+    start = sequences.per_patch(ragged.packed().starts)
     wrapped = 1 + start + (place - 1) % length.clamp(min=1)
     return Squares(torch.where(place == 0, 0, wrapped), sequences, sides)
 
@@ -275,42 +274,5 @@ class AttentionLayer(nn.Module):
             lse,
             key_ragged=patches,
             reduce="rows",
-            backend="reference" if backend == "reference" else None,
+            backend=plain_backend(backend),
         )
-
-
-class SquareConvolution(nn.Module):
-    """Position encoding of squares: x + conv7(x) + conv5(x) + conv3(x), depthwise.
-
-    The three convolutions and the identity are one of 7 x 7, whose kernel is their sum.
-    """
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.kernels = nn.ParameterList()
-        self.biases = nn.ParameterList()
-        for size in (7, 5, 3):
-            convolution = nn.Conv2d(dim, dim, size, groups=dim)
-            self.kernels.append(convolution.weight)
-            self.biases.append(convolution.bias)
-
-    def forward(self, x: Tensor, sides: list[int]) -> Tensor:
-        """Sequences [total, dim], each of a class token, which stays, and a square of rows."""
-        kernel, bias = self._merged()  # [dim, 1, 7, 7], [dim]
-        dim, found = x.shape[1], []
-        parts = x.split([side * side + 1 for side in sides])
-        for side, part in zip(sides, parts, strict=True):
-            found.append(part[:1])  # [1, dim]
-            if side:
-                square = part[1:].view(1, side, side, dim).permute(0, 3, 1, 2)  # [1, dim, s, s]
-                square = functional.conv2d(square, kernel, bias, padding=3, groups=dim)
-                found.append(square[0].flatten(1).T)  # [s * s, dim]
-        return torch.cat(found)  # [total, dim]
-
-    def _merged(self) -> tuple[Tensor, Tensor]:
-        kernel = sum(
-            functional.pad(weight, [(7 - weight.shape[-1]) // 2] * 4) for weight in self.kernels
-        )
-        centre = torch.zeros_like(kernel)
-        centre[..., 3, 3] = 1.0
-        return kernel + centre, sum(self.biases)

@@ -52,6 +52,11 @@ def check_backend(backend: str | None) -> None:
         raise ValueError(f"backend is {backend!r}; it must be None or one of {BACKENDS}")
 
 
+def plain_backend(backend: str | None) -> str | None:
+    """What to ask of an op that has plain torch only, where `backend` is asked of the others."""
+    return "reference" if backend == "reference" else None
+
+
 def backend_obstacle(
     backend: str,
     *,

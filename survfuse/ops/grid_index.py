@@ -64,7 +64,7 @@ def grid_index(
     """
     ragged = _check(coords, ragged, tolerance, duplicates)
     size = _sizes(patch_size, ragged)
-    bag, row = _rows_of_bags(ragged)
+    bag, row = ragged.bags(), ragged.rows()
     place = coords[row].to(torch.float64 if coords.is_floating_point() else torch.int64)
     if place.is_floating_point() and not bool(place.isfinite().all()):
         at = int((~place.isfinite().all(1)).nonzero()[0])
@@ -156,15 +156,6 @@ def _sizes(patch_size: float | Sequence[float] | Tensor, ragged: Ragged) -> Tens
             "(stores write 0 where it is unknown)"
         )
     return sizes
-
-
-def _rows_of_bags(ragged: Ragged) -> tuple[Tensor, Tensor]:
-    """The bag and the stored row of each packed patch, both [total]."""
-    bags = torch.arange(ragged.n_bags, device=ragged.starts.device)
-    bag = bags.repeat_interleave(ragged.lengths, output_size=ragged.total)
-    first = ragged.lengths.cumsum(0) - ragged.lengths
-    packed = torch.arange(ragged.total, device=bag.device)
-    return bag, packed - first[bag] + ragged.starts[bag]
 
 
 def _per_bag(values: Tensor, bag: Tensor, n_bags: int, reduce: str) -> Tensor:

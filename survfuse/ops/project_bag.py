@@ -94,11 +94,7 @@ def form_heads(
 
 def packed_rows(ragged: Ragged, n_stored: int) -> Tensor:
     """[total] int64: the stored row of each packed one, clamped to those there are."""
-    ends = ragged.lengths.cumsum(0)
-    first = ragged.starts - (ends - ragged.lengths)
-    shift = torch.repeat_interleave(first, ragged.lengths, output_size=ragged.total)
-    rows = shift + torch.arange(ragged.total, device=shift.device)
-    return rows.clamp(0, max(n_stored - 1, 0))
+    return ragged.rows().clamp(0, max(n_stored - 1, 0))
 
 
 _INPUTS = f"Tensor bag, Tensor weight, Tensor? shift, Tensor? bias, {POOLING_SCHEMA}"

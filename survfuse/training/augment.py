@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from survfuse.batch import BagBatch, Modality, TableBatch
 from survfuse.ragged import Ragged
@@ -41,15 +40,12 @@ class Augmentation(NamedTuple):
 def drop_patches(batch: BagBatch, fraction: float) -> BagBatch:
     """Each bag without a random `fraction` of its patches; at least one of them stays."""
     ragged = batch.ragged
-    bag = _bag_of_rows(ragged)
-    place = torch.arange(ragged.total, device=bag.device)
-    starts = ragged.lengths.cumsum(0) - ragged.lengths
-    row = ragged.starts[bag] + place - starts[bag]
+    bag, place, row = ragged.bags(), ragged.places(), ragged.rows()
     # in random order within each bag: bags ascend, and half of a draw never passes to the next
     draw = torch.rand(ragged.total, device=bag.device, dtype=torch.float64)
     order = (bag + 0.5 * draw).argsort()
     kept = (ragged.lengths * (1.0 - fraction)).ceil().long().clamp(min=1).minimum(ragged.lengths)
-    chosen = order[place - starts[bag] < kept[bag]].sort().values
+    chosen = order[place < kept[bag]].sort().values
     row = row[chosen]
     coords = None if batch.coords is None else batch.coords[row]
     ragged = Ragged.from_lengths(kept)
@@ -61,18 +57,13 @@ def shift_slides(batch: BagBatch, size: float) -> BagBatch:
     ragged, features = batch.ragged, batch.features
     if ragged.total == 0:
         return batch
-    bag = _bag_of_rows(ragged)
-    starts = ragged.lengths.cumsum(0) - ragged.lengths
-    row = ragged.starts[bag] + torch.arange(ragged.total, device=bag.device) - starts[bag]
+    row = ragged.rows()
     rows = features[row]
     # in units of the spread of each feature over the patches of the batch
     spread = rows.float().std(0, correction=0)
     shift = torch.randn(ragged.n_bags, features.shape[1], device=features.device)
     shift = (size * shift * spread).to(features.dtype)
     coords = None if batch.coords is None else batch.coords[row]
-    return batch._replace(features=rows + shift[bag], ragged=ragged.packed(), coords=coords)
-
-
-def _bag_of_rows(ragged: Ragged) -> Tensor:
-    bags = torch.arange(ragged.n_bags, device=ragged.lengths.device)
-    return bags.repeat_interleave(ragged.lengths, output_size=ragged.total)
+    return batch._replace(
+        features=rows + ragged.per_patch(shift), ragged=ragged.packed(), coords=coords
+    )

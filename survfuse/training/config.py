@@ -161,13 +161,12 @@ class ModelConfig:
     """The model and its settings.
 
     Attributes:
-        name: "healnet"; "mean_pool", a small network over tables and mean patch features;
-            "clinical_cox", Cox regression on age and sex; "elastic_net_cox", Cox regression with an
-            elastic net on every table column.
-        preset: where the settings start from; healnet has "paper", "released" and, with the
-            released hyper-parameters of a cohort, "released:kirp" (blca, brca, kirp, ucec).
-        settings: fields of the model's own configuration (`survfuse.models.HEALNetConfig`) that
-            replace the preset's; `modalities` holds those of single modalities by name.
+        name: of `survfuse.models.MODELS`; or "clinical_cox", Cox regression on age and sex;
+            "elastic_net_cox", Cox regression with an elastic net on every table column.
+        preset: where the settings start from, one of the `PRESETS` of the model's configuration
+            class; None takes the first.
+        settings: fields of that class (`survfuse.models.HEALNetConfig`, ...) that replace the
+            preset's; `modalities` holds those of single modalities by name.
     """
 
     __pydantic_config__ = _STRICT

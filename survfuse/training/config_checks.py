@@ -253,7 +253,7 @@ def _check_numbers(config: TrainConfig) -> None:
         ("schedule.warmup_steps", config.schedule.warmup_steps, 0),
         ("optimizer.weight_decay", config.optimizer.weight_decay, 0.0),
         ("loss.l1", loss.l1, 0.0),
-        ("evaluation.bootstrap", config.evaluation.bootstrap, 1),
+        ("evaluation.bootstrap", config.evaluation.bootstrap, 100),
         ("data.simulation.n_train", simulation.n_train, 1),
         ("data.simulation.n_inner", simulation.n_inner, 0),
         ("data.simulation.n_test", simulation.n_test, 1),

@@ -15,7 +15,6 @@ from survfuse.layers.fourier import (
     fourier_encode,
     grid_positions,
     index_positions,
-    packed_rows,
 )
 
 
@@ -67,9 +66,9 @@ def test_appending_copies_the_bags_and_nothing_else(trained: bool) -> None:
     ragged = Ragged.from_ranges([5, 0, 5], [3, 4, 3])
     channels = torch.arange(10.0)[:, None]
     bag, packed = append_channels(features, ragged, channels)
-    assert packed_rows(ragged).tolist() == [5, 6, 7, 0, 1, 2, 3, 5, 6, 7]
+    assert ragged.rows().tolist() == [5, 6, 7, 0, 1, 2, 3, 5, 6, 7]
     assert packed.starts.tolist() == [0, 3, 7]
-    assert torch.equal(bag, torch.cat([features[packed_rows(ragged)], channels], 1))
+    assert torch.equal(bag, torch.cat([features[ragged.rows()], channels], 1))
     if trained:
         bag.sum().backward()
         assert features.grad[:, 0].tolist() == [1, 1, 1, 1, 0, 2, 2, 2, 0]

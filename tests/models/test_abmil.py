@@ -11,14 +11,15 @@ from torch.nn import functional
 
 from survfuse import Ragged
 from survfuse.batch import BagBatch
+from survfuse.layers import streaming
 from survfuse.models.abmil import ABMIL, ABMILConfig
-from survfuse.models.transmil import SquareConvolution, TransMIL, TransMILConfig, to_squares
+from survfuse.models.transmil import TransMIL, TransMILConfig, to_squares
 
 
 def attention_of(model: ABMIL, rows: Tensor) -> tuple[Tensor, Tensor]:
     """The projected patches of one bag and their weights."""
     pool = model.pool.pool
-    projected = model.pool.project(rows).relu()
+    projected = functional.linear(rows, *model.pool.project.parameters()).relu()
     gated = pool.value(projected).tanh() * pool.gate(projected).sigmoid()
     return projected, pool.score(gated)[:, 0].softmax(0)
 
@@ -35,6 +36,23 @@ def test_abmil_is_the_weighted_mean_of_projected_patches() -> None:
         torch.testing.assert_close(
             output.logits["survival"][b], model.readout(pooled[None])["survival"][0]
         )
+
+
+def test_abmil_reads_a_bag_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of two patches, some of which hold parts of two bags, give what one piece gives."""
+    model, batch = build("abmil").eval(), bag(8)
+    found = []
+    for rows in (2, 1000):
+        monkeypatch.setattr(streaming, "_ROWS_ON_CPU", rows)
+        monkeypatch.setattr(streaming, "_NUMBERS", 0)
+        model.zero_grad()
+        logits = model({"plain": batch}).logits["survival"]
+        logits.square().sum().backward()
+        weights = model.patch_attention({"plain": batch})["plain"]["pool"]
+        gradients = [parameter.grad.clone() for parameter in model.parameters()]
+        found.append([logits.detach(), weights, *gradients])
+    for few, whole in zip(*found, strict=True):
+        torch.testing.assert_close(few, whole)
 
 
 def test_abmil_drops_in_training_only() -> None:
@@ -93,24 +111,6 @@ def test_squares_repeat_the_first_patches_of_each_bag() -> None:
     sequences = [part.tolist() for part in squares.rows.split([5, 1, 2, 10])]
     assert sequences == [[0, 1, 2, 3, 1], [0], [0, 4], [0, 5, 6, 7, 8, 9, 5, 6, 7, 8]]
     assert squares.ragged.lengths.tolist() == [5, 1, 2, 10]
-
-
-def test_one_kernel_is_the_sum_of_three_convolutions() -> None:
-    convolution = SquareConvolution(4)
-    assert [tuple(kernel.shape) for kernel in convolution.kernels] == [
-        (4, 1, 7, 7),
-        (4, 1, 5, 5),
-        (4, 1, 3, 3),
-    ]
-    x = torch.randn(1 + 9 + 1, 4)
-    found = convolution(x, [3, 0])
-    assert torch.equal(found[[0, 10]], x[[0, 10]])
-    square = x[1:10].T.reshape(1, 4, 3, 3)
-    expected = square
-    for kernel, bias in zip(convolution.kernels, convolution.biases, strict=True):
-        padding = kernel.shape[-1] // 2
-        expected = expected + functional.conv2d(square, kernel, bias, padding=padding, groups=4)
-    torch.testing.assert_close(found[1:10], expected[0].flatten(1).T)
 
 
 def test_order_matters_to_transmil_and_its_kernel_must_be_odd() -> None:

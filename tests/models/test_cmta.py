@@ -8,7 +8,7 @@ from healnet_cases import without
 from patch_gene_cases import MODALITIES, all_inputs, small, without_dropout
 
 from survfuse import Ragged
-from survfuse.layers.nystrom_encoder import NystromEncoder, SquareConvolution
+from survfuse.layers.nystrom_encoder import NystromEncoder
 from survfuse.models.cmta import CMTA, CMTAConfig
 
 
@@ -62,21 +62,6 @@ def test_sequences_do_not_see_one_another_and_rows_keep_their_places() -> None:
         token, own = encoder(part, Ragged.from_lengths([len(part)]), [len(part)])
         torch.testing.assert_close(tokens[b : b + 1], token)
         torch.testing.assert_close(rows.split(lengths)[b], own)
-
-
-def test_convolution_of_the_square() -> None:
-    """Three depthwise convolutions and the identity on the map that the first rows complete."""
-    torch.manual_seed(0)
-    layer, x = SquareConvolution(3), torch.randn(8, 3)
-    square = torch.cat([x[1:], x[1:3]]).T.reshape(1, 3, 3, 3)
-    expected = square
-    for kernel, bias in zip(layer.kernels, layer.biases):
-        expected = expected + torch.nn.functional.conv2d(
-            square, kernel, bias, padding=kernel.shape[-1] // 2, groups=3
-        )
-    found = layer(x, [7])
-    assert torch.equal(found[0], x[0])
-    torch.testing.assert_close(found[1:], expected.flatten(2)[0].T[:7])
 
 
 def test_patch_attention_is_the_softmax_of_the_encoded_sides() -> None:

@@ -53,6 +53,7 @@ def test_a_resolved_configuration_reads_back_the_same(tmp_path: Path) -> None:
         ({"training": {"seeds": []}}, "training.seeds is empty"),
         ({"training": {"seeds": [1, 1]}}, "seeds must differ"),
         ({"training": {"batch_size": 0}}, "training.batch_size is 0; it must be at least 1"),
+        ({"evaluation": {"bootstrap": 50}}, "evaluation.bootstrap is 50; it must be at least 100"),
         ({"optimizer": {"lr": 0}}, "optimizer.lr is 0.0; it must be above 0"),
         ({"optimizer": {"lr": float("nan")}}, "optimizer.lr is nan; it must be above 0"),
         ({"loss": {"alpha": 2}}, "loss.alpha is 2.0; it must be in [0, 1]"),
