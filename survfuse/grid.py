@@ -49,7 +49,6 @@ class GridIndex(NamedTuple):
         offsets = self.cell_offsets.new_tensor([0, end - first])
         return GridIndex(self.index[first:end], offsets, self.shapes[bag : bag + 1])
 
-    @torch.compiler.disable
     def cells(self, ragged: Ragged) -> Tensor:
         """The cell (x, y) of each patch, [total, 2] int64, packed per (bag, patch).
 

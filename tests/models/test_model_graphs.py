@@ -59,6 +59,7 @@ BREAKS = {
         "layers/deformable_parts.py:check_inputs",
         "layers/deformable_parts.py:attend_ragged",
         "layers/deformable_cross_attention.py:_sparse",
+        "grid.py:cells",
         _MAKES_RANGES,
     },
 }
