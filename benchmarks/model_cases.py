@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from survfuse.batch import BagBatch, Modality, TableBatch
-from survfuse.models import FusionModel, ModalityConfig, model_class
+from survfuse.models import model_class
 from survfuse.ragged import Ragged
 
 from .plain_healnet import PlainHEALNet
@@ -63,7 +63,7 @@ class ModelCase:
         groups: of its gene table, see `gene_groups`.
         others: further ways, fields of the configuration that they change; None where the model
             passes no backend on.
-        twin_settings: fields that the twin's configuration has otherwise.
+        smoke: fields of the configuration that make a tiny race tiny.
         same_up_to: patches up to which ours and the twin compute the same; None for any number.
         core: numbers of patches of the core set, by type.
     """
@@ -77,10 +77,11 @@ class ModelCase:
         default_factory=lambda: {REFERENCE: {"backend": "reference"}}
     )
     same_up_to: int | None = None
+    smoke: Mapping[str, Any] = field(default_factory=dict)
     core: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def config(self, dim: int) -> Any:
-        """The configuration for patches of `dim` features."""
+        """The configuration of ours for patches of `dim` features."""
         modalities = {SLIDE: ("bag", dim)}
         columns, groups = gene_groups(self.groups)
         if groups:
@@ -88,9 +89,11 @@ class ModelCase:
         made = model_class(self.model).config_class
         return made.from_preset(self.preset, modalities=modalities, outputs={TASK: 4})
 
-    def models(self, dim: int, device: str) -> dict[str, nn.Module]:
+    def models(self, dim: int, device: str, *, tiny: bool = False) -> dict[str, nn.Module]:
         """Every way by name, with the same weights: ours, the twin, then `others`."""
         config, ours = self.config(dim), model_class(self.model)
+        if tiny:
+            config = replace(config, **self.smoke)
         torch.manual_seed(0)
         model = ours(config)
         found: dict[str, nn.Module] = {OURS: model, PLAIN: self.twin(config)}
@@ -125,8 +128,8 @@ def tissue(n_patches: int) -> Tensor:
     side = int((n_patches / TISSUE) ** 0.5) + 1
     g = torch.Generator().manual_seed(2)
     coarse = torch.randn(1, 1, 7, 7, generator=g)
-    field_ = functional.interpolate(coarse, (side, side), mode="bicubic")[0, 0].flatten()
-    cell = field_.topk(n_patches).indices.sort().values
+    height = functional.interpolate(coarse, (side, side), mode="bicubic")[0, 0].flatten()
+    cell = height.topk(n_patches).indices.sort().values
     return torch.stack([cell % side, cell // side], 1)
 
 
@@ -146,19 +149,38 @@ def hazard_loss(logits: Tensor) -> Tensor:
 
 
 NO_BACKEND: dict[str, dict[str, Any]] = {}
+# the core set of all models is to take a quarter of an hour on two cores
+LIGHT = {"fp32": (5_000, 20_000, 100_000), "bf16": (20_000,)}
+HEAVY = {"fp32": (5_000, 20_000)}
 CASES = (
-    ModelCase("HEALNet", "healnet", PlainHEALNet),
-    ModelCase("Perceiver", "perceiver", PlainPerceiver),
-    ModelCase("MCAT", "mcat", PlainMCAT),
-    ModelCase("MOTCat", "motcat", PlainMOTCat, others={"survfuse, POT": {"solver": "pot"}}),
-    ModelCase("SurvPath", "survpath", PlainSurvPath, groups="pathways"),
-    ModelCase("CMTA", "cmta", PlainCMTA),
-    ModelCase("TransMIL", "transmil", PlainTransMIL, groups=None),
-    ModelCase("ABMIL", "abmil", PlainABMIL, groups=None),
-    ModelCase("LateFusion", "late_fusion", PlainLateFusion),
-    ModelCase("MultiModN", "multimodn", PlainMultiModN, preset="attention"),
-    ModelCase("MeanPool", "mean_pool", PlainMeanPool, preset="default", others=NO_BACKEND),
-    ModelCase("AMMASurv, genes to patches", "ammasurv", PlainAMMASurv, preset="genes_to_patches"),
+    ModelCase("HEALNet", "healnet", PlainHEALNet, core=LIGHT),
+    ModelCase("Perceiver", "perceiver", PlainPerceiver, core=LIGHT),
+    ModelCase("MCAT", "mcat", PlainMCAT, core=LIGHT),
+    ModelCase(
+        "MOTCat",
+        "motcat",
+        PlainMOTCat,
+        others={"survfuse, POT": {"solver": "pot"}},
+        core=LIGHT,
+    ),
+    ModelCase("SurvPath", "survpath", PlainSurvPath, groups="pathways", core=LIGHT),
+    ModelCase("CMTA", "cmta", PlainCMTA, smoke={"landmarks": 16}, core=HEAVY),
+    ModelCase(
+        "TransMIL", "transmil", PlainTransMIL, groups=None, smoke={"landmarks": 16}, core=HEAVY
+    ),
+    ModelCase("ABMIL", "abmil", PlainABMIL, groups=None, core=LIGHT),
+    ModelCase("LateFusion", "late_fusion", PlainLateFusion, core=LIGHT),
+    ModelCase("MultiModN", "multimodn", PlainMultiModN, preset="attention", core=LIGHT),
+    ModelCase(
+        "MeanPool", "mean_pool", PlainMeanPool, preset="default", others=NO_BACKEND, core=LIGHT
+    ),
+    ModelCase(
+        "AMMASurv, genes to patches",
+        "ammasurv",
+        PlainAMMASurv,
+        preset="genes_to_patches",
+        core=LIGHT,
+    ),
     ModelCase(
         "AMMASurv",
         "ammasurv",
@@ -168,13 +190,22 @@ CASES = (
             REFERENCE: {"patch_attention_kind": "exact", "backend": "reference"},
         },
         same_up_to=4096,
+        core={"fp32": (5_000,)},
     ),
-    ModelCase("SubspaceFusion", "subspace_fusion", PlainSubspaceFusion, groups="lists"),
+    ModelCase(
+        "SubspaceFusion",
+        "subspace_fusion",
+        PlainSubspaceFusion,
+        groups="lists",
+        core={"fp32": (5_000,)},
+    ),
     ModelCase(
         "SubspaceFusion, released",
         "subspace_fusion",
         PlainSubspaceFusion,
         preset="released",
         groups="lists",
+        smoke={"map_side": 12},
+        core={"fp32": (5_000, 100_000)},
     ),
 )
