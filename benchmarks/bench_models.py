@@ -62,7 +62,7 @@ def bench_models(
             # what forms the weights is there for its memory, which fp32 shows
             del models[name]
             continue
-        reason = missing(name) or obstacle(models[name], case, n_patches, kind, dim, device)
+        reason = missing(name) or obstacle(name, models[name], case, n_patches, kind, dim, device)
         if reason is not None:
             left_out[name] = (True, reason)
             del models[name]
@@ -137,20 +137,25 @@ def missing(name: str) -> str | None:
 
 
 def obstacle(
-    model: nn.Module, case: ModelCase, n_patches: int, kind: str, dim: int, device: str
+    name: str,
+    model: nn.Module,
+    case: ModelCase,
+    n_patches: int,
+    kind: str,
+    dim: int,
+    device: str,
 ) -> str | None:
-    """Why a way is not tried on so many patches: what it took parts of them says what it will."""
+    """Why a way is not tried on so many patches: what parts of them took says what all will."""
     if n_patches < FEWEST_JUDGED:
         return None
-    spent: list[tuple[float, float]] = []
+    took: list[float] = []
     for part in PARTS:
         inputs = stored(case.inputs(n_patches // part, dim, device), kind)
-        if not spent:
-            step(model, inputs, kind)
-        begin = time.perf_counter()
-        peak = peak_memory(lambda i=inputs: step(model, i, kind), device)
-        spent.append((peak, time.perf_counter() - begin))
-    needed, seconds = (extrapolated(*both) for both in zip(*spent, strict=True))
+        # the first call warms up; the quicker one is nearer to what a step takes
+        calls = [measured_once(model, inputs, kind, device) for _ in range(2)]
+        took.append(min(seconds for _, seconds in calls))
+    needed = calls[-1][0] * PARTS[-1] ** (2 if name in case.all_pairs else 1)
+    seconds = extrapolated(*took)
     if needed > MEMORY_SHARE * free_memory(device):
         return f"would need about {needed / 1e9:.0f} GB"
     if seconds > MOST_SECONDS[device]:
@@ -158,8 +163,15 @@ def obstacle(
     return None
 
 
+def measured_once(model: nn.Module, inputs: Inputs, kind: str, device: str) -> tuple[float, float]:
+    """Bytes at the highest point of a step, and its seconds."""
+    begin = time.perf_counter()
+    peak = peak_memory(lambda: step(model, inputs, kind), device)
+    return peak, time.perf_counter() - begin
+
+
 def extrapolated(first: float, second: float) -> float:
-    """What the whole takes if PARTS took so much: it grows on as it did, linearly at least."""
+    """Seconds of the whole if PARTS took so many: they grow on as they did, linearly at least."""
     doubling = PARTS[0] / PARTS[1]
     growth = min(max(second / max(first, 1e-9), doubling), doubling**2)
     return second * growth ** math.log(PARTS[1], doubling)

@@ -64,6 +64,8 @@ class ModelCase:
         others: further ways, fields of the configuration that they change; None where the model
             passes no backend on.
         smoke: fields of the configuration that make a tiny race tiny.
+        all_pairs: the ways that hold something for every pair of patches, or of a patch and one of
+            as many points: their memory grows with the square.
         same_up_to: patches up to which ours and the twin compute the same; None for any number.
         core: numbers of patches of the core set, by type.
     """
@@ -76,6 +78,7 @@ class ModelCase:
     others: Mapping[str, Mapping[str, Any]] = field(
         default_factory=lambda: {REFERENCE: {"backend": "reference"}}
     )
+    all_pairs: tuple[str, ...] = ()
     same_up_to: int | None = None
     smoke: Mapping[str, Any] = field(default_factory=dict)
     core: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -189,6 +192,7 @@ CASES = (
             "survfuse, exact": {"patch_attention_kind": "exact"},
             REFERENCE: {"patch_attention_kind": "exact", "backend": "reference"},
         },
+        all_pairs=(REFERENCE,),
         same_up_to=4096,
         core={"fp32": (5_000,)},
     ),
@@ -197,6 +201,7 @@ CASES = (
         "subspace_fusion",
         PlainSubspaceFusion,
         groups="lists",
+        all_pairs=(PLAIN, REFERENCE),
         core={"fp32": (5_000,)},
     ),
     ModelCase(

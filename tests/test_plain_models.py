@@ -170,11 +170,15 @@ class TestRaces:
         model = case.models(DIM, "cpu")[PLAIN]
 
         def obstacle(n_patches: int) -> str | None:
-            return bench_models.obstacle(model, case, n_patches, "fp32", DIM, "cpu")
+            return bench_models.obstacle(PLAIN, model, case, n_patches, "fp32", DIM, "cpu")
 
         assert obstacle(160) is None
         assert obstacle(40) is None
         monkeypatch.setattr(bench_models, "MOST_SECONDS", {"cpu": -1.0})
         assert obstacle(160) == "a step would take about 0 minutes"
-        monkeypatch.setattr(bench_models, "free_memory", lambda _: -1.0)
-        assert obstacle(160).startswith("would need about")
+        peak = (2e9, 0.0)
+        monkeypatch.setattr(bench_models, "measured_once", lambda *_: peak)
+        monkeypatch.setattr(bench_models, "free_memory", lambda _: 20e9)
+        assert obstacle(160) == "would need about 16 GB"
+        case = replace(case, all_pairs=(PLAIN,))
+        assert obstacle(160) == "would need about 128 GB"
