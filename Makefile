@@ -40,7 +40,7 @@ compile: setup
 	env -u TRITON_INTERPRET $(BIN)/python tests/compile_triton.py --targets sm_90
 	$(BIN)/python tests/compile_cuda.py
 
-# about ten minutes on two quiet cores; all shapes: pytest benchmarks
+# about half an hour on two quiet cores, 20 minutes of it for models; all shapes: pytest benchmarks
 bench: setup
 	$(BIN)/python -m pytest benchmarks --core -q --benchmark-disable-gc
 	$(BIN)/python -m benchmarks.render

@@ -25,6 +25,8 @@ RESULTS = HERE / "results"
 # fewer turns than this have no percentiles
 FEWEST_TURNS = 3
 ANY = "*"
+# ops of this name are models, which the page shows by themselves
+MODEL_OP = "training step, "
 
 
 @dataclass

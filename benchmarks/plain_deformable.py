@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from survfuse.layers import DeformableCrossAttention
+from survfuse.layers import DeformableAttended, DeformableCrossAttention
 
 
 class PlainDeformableCrossAttention(nn.Module):
@@ -26,17 +26,25 @@ class PlainDeformableCrossAttention(nn.Module):
         super().__init__()
         self.heads, self.n_groups = like.heads, like.offset_groups
         self.scale, self.offset_scale = like.dim_head**-0.5, like.offset_scale
+        self.dropout = like.dropout
         for name in ("to_offsets", "rel_pos_bias", "to_q", "to_k", "to_v", "to_out"):
             setattr(self, name, getattr(like, name))
 
     def forward(self, query: Tensor, context: Tensor, shape: tuple[int, int]) -> Tensor:
         """Tokens [B, h w, dim]."""
+        return self.attended(query, context, shape).tokens
+
+    def attended(
+        self, query: Tensor, context: Tensor, shape: tuple[int, int]
+    ) -> DeformableAttended:
+        """As of the layer."""
         n_bags = query.shape[0]
         images, places = (t.mT.unflatten(2, shape) for t in (query, context))
         q = self.to_q(images)
         hidden = self.to_offsets[:2](q.unflatten(1, (self.n_groups, -1)).flatten(0, 1))
         offsets = self.to_offsets[2](hidden).float().tanh() * self.offset_scale
-        at = _scaled(_cells(*offsets.shape[2:], offsets) + offsets)  # [B G, h', w', 2]
+        points = _cells(*offsets.shape[2:], offsets) + offsets
+        at = _scaled(points)  # [B G, h', w', 2]
         grouped = places.unflatten(1, (self.n_groups, -1)).flatten(0, 1)
         samples = functional.grid_sample(grouped.to(at.dtype), at, align_corners=False)
         samples = samples.to(query.dtype).unflatten(0, (n_bags, -1)).flatten(1, 2)
@@ -45,8 +53,10 @@ class PlainDeformableCrossAttention(nn.Module):
             for t in (q, self.to_k(samples), self.to_v(samples))
         )
         logits = self.scale * (q @ k.mT) + self._bias(_scaled(_cells(*shape, at)), at, n_bags)
-        out = (logits.softmax(-1).to(v.dtype) @ v).mT.flatten(1, 2).unflatten(2, shape)
-        return self.to_out(out).flatten(2).mT
+        weights = functional.dropout(logits.softmax(-1).to(v.dtype), self.dropout, self.training)
+        out = (weights @ v).mT.flatten(1, 2).unflatten(2, shape)
+        points, offsets = (x.flatten(2).mT.unflatten(0, (n_bags, -1)) for x in (points, offsets))
+        return DeformableAttended(self.to_out(out).flatten(2).mT, points, None, offsets)
 
     def _bias(self, query_at: Tensor, key_at: Tensor, n_bags: int) -> Tensor:
         """[B, H, h w, M], by way of [B G, h w, M, units] in every layer."""

@@ -1,4 +1,4 @@
-"""MCAT and SurvPath in plain torch with everything formed: what ours are measured against.
+"""MCAT, MOTCat and SurvPath in plain torch with everything formed: what ours are measured against.
 
 The same modules, parameter names and mathematics as in `survfuse.models`, so that one state dict
 serves both and their equality can be tested; only what touches the patches is written as public
@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from survfuse.batch import Modality, ModelOutput
+from survfuse.layers.transport_attention import unbalanced_plan
 from survfuse.models.inputs import Tokens, encode_inputs
 from survfuse.models.mcat import MCAT
+from survfuse.models.motcat import MOTCat
 from survfuse.models.patches_and_genes import KnownTokens
 from survfuse.models.survpath import SurvPath
 
@@ -39,6 +41,37 @@ class PlainMCAT(MCAT):
             out = functional.scaled_dot_product_attention(query, key, value)
             read.append(part.output(out[0].transpose(0, 1).flatten(1)))
         return torch.stack(read)
+
+
+class PlainMOTCat(MOTCat):
+    """`survfuse.models.motcat.MOTCat` with the projected bag, and one plan after another."""
+
+    def _attend(self, genes: KnownTokens, bag: Tokens) -> Tensor:
+        part, config = self.attention, self.config
+        read = []
+        for tokens, rows in zip(genes.values, bags_of(bag), strict=True):
+            hidden = functional.linear(rows, part.project.weight, part.project.bias).relu()
+            hidden = functional.dropout(hidden, config.patch_dropout, self.training)
+            n, k = len(hidden), -(-len(hidden) // config.micro_batch)
+            mix = self.training and k > 1
+            order = (torch.randperm if mix else torch.arange)(n, device=hidden.device)
+            total = torch.zeros_like(tokens)
+            for j in range(k):
+                mine = hidden[order[j::k]]
+                total = total + self._plan(mine, tokens).to(mine.dtype).T @ mine
+            read.append(total / k)
+        return torch.stack(read)
+
+    @torch.no_grad()
+    def _plan(self, rows: Tensor, tokens: Tensor) -> Tensor:
+        """[n, G] of one micro-batch, in fp64."""
+        rows, tokens = (x.float() - x.float().amin(-1, keepdim=True) for x in (rows, tokens))
+        cost = torch.cdist(rows, tokens).square()[None]
+        everyone = cost.new_ones(1, len(rows), dtype=torch.bool)
+        every_token = cost.new_ones(len(tokens), dtype=torch.bool)
+        cost = cost / cost.amax().clamp(min=1e-30)
+        reg, tau = self.config.transport_reg, self.config.transport_tau
+        return unbalanced_plan(cost, everyone, every_token, reg=reg, tau=tau)[0]
 
 
 class PlainSurvPath(SurvPath):
@@ -77,3 +110,23 @@ def bags_of(bag: Tokens) -> list[Tensor]:
     """The rows of each bag."""
     starts, lengths = bag.ragged.starts.tolist(), bag.ragged.lengths.tolist()
     return [bag.features[s : s + n] for s, n in zip(starts, lengths, strict=True)]
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """One behind the other; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: int,
+    *,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """scaled_dot_product_attention of rows: [n, H d], [m, H d] and [m, H dv] to [n, H dv]."""
+    sides = (x.unflatten(1, (heads, -1)).transpose(0, 1)[None] for x in (query, key, value))
+    out = functional.scaled_dot_product_attention(*sides, attn_mask=mask, dropout_p=dropout)
+    return out[0].transpose(0, 1).flatten(1)

@@ -14,12 +14,14 @@ from survfuse.data.atomic import atomic_path
 
 from .figure import digest, save, times_figure
 from .floors import floors
-from .harness import ANY, RESULTS, ROOT, read_rows
+from .harness import ANY, MODEL_OP, RESULTS, ROOT, read_rows
 
 PAGE = ROOT / "docs" / "performance.md"
 FIGURES = ROOT / "docs" / "performance"
 # marker -> what stands between its begin and its end
-SECTIONS = {"results": lambda: tables(), "floors": floors}
+SECTIONS = {"models": lambda: model_tables(), "results": lambda: tables(), "floors": floors}
+# the way of a model that the others are compared with
+PLAIN = "plain torch"
 Row = dict[str, str]
 
 
@@ -29,7 +31,15 @@ def results() -> dict[str, list[Row]]:
 
 
 def ops_of(rows: list[Row]) -> dict[str, list[Row]]:
-    return {op: [row for row in rows if row["op"] == op] for op in sorted({r["op"] for r in rows})}
+    """Rows by operation; models are none."""
+    ops = sorted({row["op"] for row in rows if not row["op"].startswith(MODEL_OP)})
+    return {op: [row for row in rows if row["op"] == op] for op in ops}
+
+
+def models_of(rows: list[Row]) -> dict[str, list[Row]]:
+    """Rows by model."""
+    ops = sorted({row["op"] for row in rows if row["op"].startswith(MODEL_OP)})
+    return {op.removeprefix(MODEL_OP): [r for r in rows if r["op"] == op] for op in ops}
 
 
 def figure_path(device: str, op: str) -> Path:
@@ -40,16 +50,11 @@ def tables() -> str:
     """One section per device; per op a picture, and a table by mode, shape and type."""
     parts = []
     for device, rows in results().items():
-        parts.append(f"## {device}\n")
-        runs = sorted(
-            {
-                f"commit {r['commit']}, torch {r['torch']}, triton {r['triton']}, "
-                f"{r['threads']} threads, {r['date']}"
-                for r in rows
-            }
-        )
-        parts.append("Measured: " + "; ".join(runs) + ".\n")
-        for op, own in ops_of(rows).items():
+        ops = ops_of(rows)
+        if not ops:
+            continue
+        parts += [f"## {device}\n", _runs(ops)]
+        for op, own in ops.items():
             timed = [row for row in own if not row["note"]]
             parts.append(f"### {op}\n")
             if timed:
@@ -57,6 +62,68 @@ def tables() -> str:
                 parts += [f"![{op}: median times by mode]({picture})\n", _table(timed)]
             parts += _left_out([row for row in own if row["note"]])
     return "\n".join(parts)
+
+
+def model_tables() -> str:
+    """Per device and model a table of all ways by length, and who took no part."""
+    parts = []
+    for device, rows in results().items():
+        models = models_of(rows)
+        if not models:
+            continue
+        parts += [f"### Models on {device}\n", _runs(models)]
+        for model, own in models.items():
+            timed = [row for row in own if not row["note"]]
+            parts.append(f"#### {model}\n")
+            if timed:
+                parts.append(_model_table(timed))
+            parts += _left_out([row for row in own if row["note"]])
+    return "\n".join(parts) or "No machine has been measured yet.\n"
+
+
+def _runs(groups: dict[str, list[Row]]) -> str:
+    """What was measured and when."""
+    runs = sorted(
+        {
+            f"commit {r['commit']}, torch {r['torch']}, triton {r['triton']}, "
+            f"{r['threads']} threads, {r['date']}"
+            for rows in groups.values()
+            for r in rows
+        }
+    )
+    return "Measured: " + "; ".join(runs) + ".\n"
+
+
+def _model_table(rows: list[Row]) -> str:
+    lines = [
+        "| N | type | way | step ms (p20 / p50 / p80) | faster than plain | extra MB "
+        "| less memory than plain |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    plain = {_race(row): row for row in rows if row["backend"] == PLAIN}
+    for row in sorted(rows, key=lambda row: (*_race(row), float(row["p50_ms"]))):
+        times = " / ".join(f"{float(row[p]):.3g}" for p in ("p20_ms", "p50_ms", "p80_ms"))
+        against = plain.get(_race(row))
+        ratios = [
+            _ratio(against, row, name) if against is not None else "-"
+            for name in ("p50_ms", "peak_mb")
+        ]
+        lines.append(
+            f"| {_race(row)[0]} | {row['dtype']} | {row['backend']} | {times} | {ratios[0]} "
+            f"| {float(row['peak_mb']):.0f} | {ratios[1]} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _race(row: Row) -> tuple[int, str, str]:
+    """What the ways of one race share, shortest bags first and fp32 before bf16."""
+    length = re.search(r"N=(\d+)", row["shape"])
+    return int(length[1]) if length else 0, f"{row['dtype'] != 'float32':d}", row["shape"]
+
+
+def _ratio(plain: Row, row: Row, name: str) -> str:
+    own = float(row[name])
+    return f"{float(plain[name]) / own:.2f}x" if own > 0 else "-"
 
 
 def _table(rows: list[Row]) -> str:

@@ -285,7 +285,8 @@ class TestPage:
         results, page = tmp_path / "results", tmp_path / "docs" / "performance.md"
         page.parent.mkdir()
         page.write_text(
-            "before\n<!-- results begin -->\nold\n<!-- results end -->\n"
+            "before\n<!-- models begin -->\n<!-- models end -->\n"
+            "<!-- results begin -->\nold\n<!-- results end -->\n"
             "<!-- floors begin -->\n<!-- floors end -->\nafter\n"
         )
         absent = Row.absent("pool_bag", "xformers", "*", "*", "*", device="x", note="not installed")
@@ -307,6 +308,32 @@ class TestPage:
         assert "* xformers: not installed" in page
         assert "(performance/x/pool_bag.svg)" in page
         assert (house / "docs/performance/x/pool_bag.svg").is_file()
+
+    def test_models_have_tables_of_their_own(self, house: Path) -> None:
+        path = house / "results" / "x.csv"
+        shapes = {n: f"paper, N={n} D=1024" for n in (20000, 5000)}
+        rows = []
+        for n, shape in shapes.items():
+            key = {"op": "training step, MCAT", "shape": shape}
+            rows += [row(**key, ms=2.0), row("plain torch", **key, ms=n / 1000, peak_mb=3.0)]
+        rows.append(row(op="training step, MCAT", shape=shapes[5000], dtype="bfloat16"))
+        key = ("training step, MCAT", "survfuse reference", "both", shapes[20000], "float32")
+        absent = Row.absent(*key, device="x", note="would need about 30 GB")
+        write_rows(path, [*rows, absent])
+        assert render.main([]) == 0
+        page = (house / "docs/performance.md").read_text()
+        models, ops = page.split("<!-- results begin -->")
+        lines = [line for line in models.splitlines() if line.startswith("| ")]
+        assert lines[1:] == [
+            "| 5000 | float32 | survfuse | 2 / 2 / 2 | 2.50x | 1 | 3.00x |",
+            "| 5000 | float32 | plain torch | 5 / 5 / 5 | 1.00x | 3 | 1.00x |",
+            "| 5000 | bfloat16 | survfuse | 1 / 1 / 1 | - | 1 | - |",
+            "| 20000 | float32 | survfuse | 2 / 2 / 2 | 10.00x | 1 | 3.00x |",
+            "| 20000 | float32 | plain torch | 20 / 20 / 20 | 1.00x | 3 | 1.00x |",
+        ]
+        assert "* survfuse reference: would need about 30 GB" in models
+        assert "MCAT" not in ops
+        assert not list((house / "docs/performance/x").glob("training*"))
 
     def test_other_numbers_are_noticed(self, house: Path) -> None:
         render.main([])

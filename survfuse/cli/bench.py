@@ -58,7 +58,7 @@ def bench_command(
     torch, every kernel of scaled_dot_product_attention, FlexAttention, flash-attn and xformers
     where they are installed. Rows are written as they come, so that a run that is stopped keeps
     them; the same command measures them again, with other options it adds to them. The core set
-    takes about ten minutes.
+    takes about half an hour.
     """
     for library in ("pytest", "pytest_benchmark", "matplotlib.figure"):
         require(library, extra="bench")
