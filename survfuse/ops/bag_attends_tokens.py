@@ -15,7 +15,7 @@ from survfuse.ops.backends import check_backend
 from survfuse.ops.checks import check_bag, check_dropout, check_eps, check_scale, check_tensor
 from survfuse.ops.cross_attention import cross_attention_with_lse
 from survfuse.ops.project_bag import form_heads
-from survfuse.ops.registration import autocast_off, check_ranges_eagerly
+from survfuse.ops.registration import autocast_off, call_reference, check_ranges_eagerly
 from survfuse.ops.spread_tokens import spread_tokens
 from survfuse.pooling import accumulation_type
 from survfuse.ragged import Ragged, as_packed
@@ -133,7 +133,8 @@ def bag_attends_tokens_with_lse(
     check_backend(backend)
     if backend == "reference":
         check_ranges_eagerly(packed, ragged)
-        return reference.bag_attends_tokens_with_lse(
+        return call_reference(
+            reference.bag_attends_tokens_with_lse,
             packed,
             w_q,
             key,

@@ -16,7 +16,7 @@ from survfuse.ops.backends import check_backend
 from survfuse.ops.checks import check_dropout, check_scale, check_tensor
 from survfuse.ops.cross_attention import cross_attention_with_lse
 from survfuse.ops.merge_attention import merge_with_shares
-from survfuse.ops.registration import check_ranges
+from survfuse.ops.registration import call_reference, check_ranges
 from survfuse.ragged import Ragged, as_packed_heads
 
 SIDES = ("tokens", "bag")
@@ -84,7 +84,9 @@ def block_attention(
     check_dropout(dropout_p)
     check_backend(backend)
     if backend == "reference":
-        return reference.block_attention(tokens, bag, blocks, scale=scale, dropout_p=dropout_p)
+        return call_reference(
+            reference.block_attention, tokens, bag, blocks, scale=scale, dropout_p=dropout_p
+        )
     parts = {
         block: _attend(*(sides[name] for name in block.split("->")), scale, dropout_p, backend)
         for block in blocks

@@ -17,6 +17,7 @@ from survfuse.ops.checks import check_dropout, check_scale, check_tensor
 from survfuse.ops.flops import flop_formula
 from survfuse.ops.registration import (
     call_op,
+    call_reference,
     check_ranges,
     check_ranges_eagerly,
     fake_gradients,
@@ -140,7 +141,8 @@ def cross_attention_with_lse(
     if backend == "reference":
         check_ranges_eagerly(packed, query_ragged, "query_ragged")
         check_ranges_eagerly(keys, key_ragged, "key_ragged")
-        return reference.cross_attention_with_lse(
+        return call_reference(
+            reference.cross_attention_with_lse,
             query,
             keys,
             values,

@@ -16,6 +16,7 @@ from survfuse.ops.flops import flop_formula
 from survfuse.ops.pool_weights import check_weights_backend
 from survfuse.ops.registration import (
     call_op,
+    call_reference,
     check_ranges,
     check_ranges_eagerly,
     fake_gradients,
@@ -107,7 +108,8 @@ def cross_attention_weights(
     if backend == "reference":
         check_ranges_eagerly(packed, query_ragged, "query_ragged")
         check_ranges_eagerly(keys, key_ragged, "key_ragged")
-        return reference.cross_attention_weights(
+        return call_reference(
+            reference.cross_attention_weights,
             query,
             key,
             lse,

@@ -18,6 +18,7 @@ from survfuse.ops.flops import flop_formula
 from survfuse.ops.registration import (
     POOLING_SCHEMA,
     call_op,
+    call_reference,
     check_ranges,
     check_ranges_eagerly,
     fake_gradients,
@@ -113,8 +114,13 @@ def gated_attention_pool(
     pooling = make_pooling(ragged, 1.0, None, None, dropout_p, seed)
     if backend == "reference":
         check_ranges_eagerly(packed, ragged)
-        return reference.gated_attention_pool(
-            packed, *gate, bias=bias, ragged=ragged, dropout_p=dropout_p
+        return call_reference(
+            reference.gated_attention_pool,
+            packed,
+            *gate,
+            bias=bias,
+            ragged=ragged,
+            dropout_p=dropout_p,
         )
     pooled, lse = call_op(
         "gated_attention_pool", _forward, packed, *gate, bias, *pooling, backend or ""

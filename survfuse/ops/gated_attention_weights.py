@@ -16,6 +16,7 @@ from survfuse.ops.gated_attention_pool import GATE_SCHEMA, GATED_NEEDS, check_ga
 from survfuse.ops.registration import (
     POOLING_SCHEMA,
     call_op,
+    call_reference,
     check_ranges,
     check_ranges_eagerly,
     fake_gradients,
@@ -89,8 +90,14 @@ def gated_attention_weights(
     select_gated_weights_backend(backend, device=bag.device, dtype=bag.dtype)
     if backend == "reference":
         check_ranges_eagerly(packed, ragged)
-        return reference.gated_attention_weights(
-            packed, *gate, lse, bias=bias, ragged=ragged, reduce=reduce
+        return call_reference(
+            reference.gated_attention_weights,
+            packed,
+            *gate,
+            lse,
+            bias=bias,
+            ragged=ragged,
+            reduce=reduce,
         )
     pooling = make_pooling(ragged, 1.0, None, None)
     group = 1 if reduce is None else w_score.shape[0]

@@ -19,6 +19,7 @@ from survfuse.ops.checks import check_coordinates, check_tensor
 from survfuse.ops.flops import flop_formula
 from survfuse.ops.registration import (
     call_op,
+    call_reference,
     check_reference,
     fake_gradients,
     gradients_like,
@@ -106,8 +107,12 @@ def multi_scale_deformable_attention(
     if backend == "reference":
         check_reference(shapes, "spatial_shapes")
         check_shapes_eagerly(shapes, value)
-        return reference.multi_scale_deformable_attention(
-            value, shapes, sampling_locations, attention_weights
+        return call_reference(
+            reference.multi_scale_deformable_attention,
+            value,
+            shapes,
+            sampling_locations,
+            attention_weights,
         )
     return call_op(
         "multi_scale_deformable_attention",
@@ -189,8 +194,13 @@ def multi_scale_deformable_attention_from_offsets(
     if backend == "reference":
         check_reference(shapes, "spatial_shapes")
         check_shapes_eagerly(shapes, value)
-        return reference.multi_scale_deformable_attention_from_offsets(
-            value, shapes, reference_points, sampling_offsets, attention_logits
+        return call_reference(
+            reference.multi_scale_deformable_attention_from_offsets,
+            value,
+            shapes,
+            reference_points,
+            sampling_offsets,
+            attention_logits,
         )
     inputs = (value, shapes, sampling_offsets, attention_logits, reference_points)
     return call_op("multi_scale_deformable_attention", _forward, *inputs, backend or "")[0]

@@ -17,6 +17,7 @@ from survfuse.ops.flops import flop_formula
 from survfuse.ops.registration import (
     POOLING_SCHEMA,
     call_op,
+    call_reference,
     check_ranges,
     check_ranges_eagerly,
     fake_gradients,
@@ -103,7 +104,8 @@ def pool_bag(
     pooling = make_pooling(ragged, scale, normalize_eps, stats, dropout_p, seed)
     if backend == "reference":
         check_ranges_eagerly(packed, ragged)
-        return reference.pool_bag(
+        return call_reference(
+            reference.pool_bag,
             rows,
             packed,
             bias=bias,

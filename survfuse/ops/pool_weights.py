@@ -16,6 +16,7 @@ from survfuse.ops.pool_bag import check_pooling
 from survfuse.ops.registration import (
     POOLING_SCHEMA,
     call_op,
+    call_reference,
     check_ranges,
     check_ranges_eagerly,
     fake_gradients,
@@ -96,7 +97,8 @@ def pool_weights(
     pooling = make_pooling(ragged, scale, normalize_eps, stats)
     if backend == "reference":
         check_ranges_eagerly(packed, ragged)
-        return reference.pool_weights(
+        return call_reference(
+            reference.pool_weights,
             rows,
             packed,
             lse,

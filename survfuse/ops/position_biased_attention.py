@@ -27,6 +27,7 @@ from survfuse.ops.position_bias import (
 )
 from survfuse.ops.registration import (
     call_op,
+    call_reference,
     check_ranges,
     check_ranges_eagerly,
     fake_gradients,
@@ -182,7 +183,8 @@ def position_biased_attention_with_lse(
     check_backend(backend)
     if backend == "reference":
         check_ranges_eagerly(packed, query_ragged, "query_ragged")
-        return reference.position_biased_attention_with_lse(
+        return call_reference(
+            reference.position_biased_attention_with_lse,
             query,
             key,
             value,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -77,6 +77,21 @@ def check_reference(tensor: Tensor, what: str = "the ranges of bags") -> None:
             f"backend='reference' cannot serve this call: it reads {what}, and tensors on meta "
             "hold no numbers"
         )
+
+
+def call_reference(function: Callable, *arguments, **options):
+    """What the reference gives in its own types, as every other backend does.
+
+    Autocast would round its sums, and the logsumexp with them, to 16 bits.
+    """
+    tensor = next(value for value in _flat(arguments) if isinstance(value, Tensor))
+    with autocast_off(tensor.device):
+        return function(*arguments, **options)
+
+
+def _flat(values: Sequence) -> Iterator:
+    for value in values:
+        yield from _flat(value) if isinstance(value, (tuple, list)) else (value,)
 
 
 def unit_stride(bag: Tensor) -> Tensor:

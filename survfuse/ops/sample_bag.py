@@ -15,6 +15,7 @@ from survfuse.ops.checks import check_coordinates, check_tensor
 from survfuse.ops.flops import flop_formula
 from survfuse.ops.registration import (
     call_op,
+    call_reference,
     fake_gradients,
     gradients_like,
     no_double_backward,
@@ -89,7 +90,7 @@ def sample_bag(
     if backend == "reference":
         if not torch.compiler.is_compiling():
             _check_values(bag, grid)
-        return reference.sample_bag(bag, grid, points, corners=corners)
+        return call_reference(reference.sample_bag, bag, grid, points, corners=corners)
     return call_op("sample_bag", _forward, bag, *grid, points, corners == "renormalise")
 
 

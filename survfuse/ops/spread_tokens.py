@@ -18,6 +18,7 @@ from survfuse.ops.flops import flop_formula
 from survfuse.ops.registration import (
     POOLING_SCHEMA,
     call_op,
+    call_reference,
     check_ranges,
     check_ranges_eagerly,
     fake_gradients,
@@ -116,7 +117,8 @@ def spread_tokens(
     check_backend(backend)
     if backend == "reference":
         check_ranges_eagerly(packed, ragged)
-        return reference.spread_tokens(
+        return call_reference(
+            reference.spread_tokens,
             keys,
             values,
             packed,

@@ -26,7 +26,7 @@ from survfuse.ops.cross_attention import cross_attention_with_lse
 from survfuse.ops.pool_bag import pool_bag
 from survfuse.ops.pool_weights import pool_weights
 from survfuse.ops.project_bag import form_heads, packed_rows
-from survfuse.ops.registration import autocast_off, check_ranges_eagerly
+from survfuse.ops.registration import autocast_off, call_reference, check_ranges_eagerly
 from survfuse.pooling import accumulation_type
 from survfuse.ragged import Ragged, as_packed
 
@@ -146,7 +146,8 @@ def tokens_attend_bag_with_lse(
     check_backend(backend)
     if backend == "reference":
         check_ranges_eagerly(packed, ragged)
-        return reference.tokens_attend_bag_with_lse(
+        return call_reference(
+            reference.tokens_attend_bag_with_lse,
             query,
             packed,
             w_k,
@@ -262,7 +263,8 @@ def tokens_attend_bag_weights(
     check_tensor("lse", lse, shape=tuple(query.shape[:3]), device=bag.device)
     if backend == "reference":
         check_ranges_eagerly(packed, ragged)
-        return reference.tokens_attend_bag_weights(
+        return call_reference(
+            reference.tokens_attend_bag_weights,
             query,
             packed,
             w_k,

@@ -331,7 +331,8 @@ def test_double_backward_raises_with_a_hint_and_works_on_reference(op: Op) -> No
 
 
 @pytest.mark.parametrize(
-    ("op", "backend", "device"), [marked(op, *target) for op in OPS for target in targets(op)]
+    ("op", "backend", "device"),
+    [marked(op, *target) for op in OPS for target in [("reference", "cpu"), *targets(op)]],
 )
 def test_autocast_changes_no_bit(op, backend, device) -> None:
     call = op.make(CASES[2]).to(torch.float32, device)
