@@ -38,13 +38,14 @@ class PlainPatchPool(nn.Module):
 
     def __init__(self, like: PatchPool) -> None:
         super().__init__()
-        self.project, self.pool, self.dropout = like.project, like.pool, like.dropout
+        self.project, self.pool = like.project, like.pool
 
     def forward(self, tokens: Tokens) -> Tensor:
         """[B, dim]."""
         pooled = []
         for rows in bags_of(tokens):
-            hidden = functional.dropout(self.project(rows).relu(), self.dropout, self.training)
+            hidden = functional.linear(rows, self.project.weight, self.project.bias).relu()
+            hidden = functional.dropout(hidden, self.project.dropout, self.training)
             pooled.append(gated_mean(self.pool, hidden)[0])
         return torch.stack(pooled)
 

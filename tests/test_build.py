@@ -350,7 +350,7 @@ def test_wheel(sources: Path, tmp_path: Path) -> None:
     assert f"{folder}/licenses/LICENSE" in names
     always = [line for line in header.get_all("Requires-Dist") if "extra ==" not in line]
     assert {re.split(r"[^\w-]", line)[0] for line in always} == {"torch", "numpy"}
-    extras = {"train", "slides", "bench", "test", "dev"}
+    extras = {"train", "slides", "bench", "transport", "test", "dev"}
     assert set(header.get_all("Provides-Extra")) == extras
 
 
