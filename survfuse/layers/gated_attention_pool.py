@@ -25,6 +25,8 @@ class GatedAttentionPool(nn.Module):
         n_pools: number of weighted means K; CLAM calls them classes.
         dropout: probability with which an attention weight is dropped in training. (CLAM drops
             hidden units instead.)
+        temperature: divides the logits. Below 1 a fresh module already tells patches apart, where
+            one of 1 starts near the mean of all.
         backend: of `survfuse.ops.gated_attention_pool`; None for the fastest that can serve the
             call.
 
@@ -45,10 +47,13 @@ class GatedAttentionPool(nn.Module):
         hidden: int = 256,
         n_pools: int = 1,
         dropout: float = 0.0,
+        temperature: float = 1.0,
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        self.dropout, self.backend = dropout, backend
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}; it must be greater than 0")
+        self.dropout, self.temperature, self.backend = dropout, temperature, backend
         self.value = nn.Linear(dim, hidden)
         self.gate = nn.Linear(dim, hidden)
         self.score = nn.Linear(hidden, n_pools)
@@ -149,5 +154,9 @@ class GatedAttentionPool(nn.Module):
         )
 
     def _parameters_of_op(self) -> tuple[Tensor, ...]:
-        layers = (self.value, self.gate, self.score)
-        return tuple(tensor for layer in layers for tensor in (layer.weight, layer.bias))
+        hidden = (self.value, self.gate)
+        parameters = [tensor for layer in hidden for tensor in (layer.weight, layer.bias)]
+        score = (self.score.weight, self.score.bias)
+        if self.temperature != 1.0:
+            score = tuple(tensor / self.temperature for tensor in score)
+        return (*parameters, *score)

@@ -80,3 +80,14 @@ def test_weights_run_where_pooling_has_a_backend_of_its_own() -> None:
     gradient = torch.autograd.grad(pool.weights(x)[0, 0], x, create_graph=True)[0]
     assert gradient.square().sum().requires_grad
     torch.autograd.grad(gradient.square().sum(), x)
+
+
+def test_a_temperature_divides_the_logits() -> None:
+    pool = GatedAttentionPool(DIM, HIDDEN, temperature=0.25).double()
+    x = torch.randn(40, DIM, dtype=torch.double)
+    logits = pool.score(pool.value(x).tanh() * pool.gate(x).sigmoid())
+    weights = (logits / 0.25).softmax(0)
+    torch.testing.assert_close(pool.weights(x), weights)
+    torch.testing.assert_close(pool(x)[0], weights.T @ x)
+    with pytest.raises(ValueError, match="temperature is 0; it must be greater than 0"):
+        GatedAttentionPool(DIM, HIDDEN, temperature=0)
