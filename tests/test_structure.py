@@ -64,8 +64,8 @@ EXCEPTIONS = {
 }
 # modules of survfuse.models that belong to no model; the others are named <model> or <model>_<part>
 SHARED_BY_MODELS = {
-    *("base", "settings", "inputs", "heads", "encoders", "gene_tokens", "patches_and_genes"),
-    *("gene_consistency", "partial_likelihood", "registry"),
+    *("base", "config", "settings", "inputs", "heads", "encoders", "registry"),
+    *("gene_tokens", "patches_and_genes", "gene_consistency", "partial_likelihood"),
 }
 # models that are another one with a part replaced
 BUILDS_ON = {"motcat": "mcat", "cox": "elastic"}

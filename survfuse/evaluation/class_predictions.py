@@ -7,8 +7,6 @@ gives back the same bits.
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +15,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
-from survfuse.data.atomic import atomic_path
-from survfuse.evaluation.protocols import leakage_note
+from survfuse.evaluation.folds import Fold, FoldedPredictions, read_folds, row_names, write_folds
 
-_FORMAT = 1
-_COLUMNS = ("fold", "part", "unit_id", "patient_id", "label")
+# behind the names of fold, part, unit and patient, and before the probabilities
+_COLUMNS = ("label",)
 
 
 @dataclass(frozen=True)
@@ -44,8 +41,7 @@ class ClassTable:
     probabilities: ArrayLike
 
     def __post_init__(self) -> None:
-        units = tuple(str(name) for name in self.unit_ids)
-        patients = tuple(str(name) for name in self.patient_ids)
+        units, patients = row_names(self.unit_ids, self.patient_ids)
         label = np.asarray(self.label, dtype=np.int64)
         probabilities = np.asarray(self.probabilities, dtype=np.float64)
         for name, ids in (("unit_ids", units), ("patient_ids", patients)):
@@ -54,9 +50,6 @@ class ClassTable:
                     f"{name} holds {len(ids)} names and label has shape {label.shape}; "
                     "they must be the same"
                 )
-        if len(set(units)) < len(units):
-            twice = next(name for name in units if units.count(name) > 1)
-            raise ValueError(f"unit_ids holds {twice!r} more than once")
         if probabilities.ndim != 2 or len(probabilities) != label.size:
             raise ValueError(
                 f"probabilities has shape {probabilities.shape}; it must be ({label.size}, classes)"
@@ -87,19 +80,15 @@ class ClassTable:
 
 
 @dataclass(frozen=True)
-class ClassFold:
+class ClassFold(Fold):
     """One fold: units the model was not fitted on, and those that it was."""
 
-    fold: str
     test: ClassTable
     train: ClassTable
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "fold", str(self.fold))
-
 
 @dataclass(frozen=True)
-class ClassPredictions:
+class ClassPredictions(FoldedPredictions):
     """All folds of one class task of one model under one protocol.
 
     Args:
@@ -126,14 +115,7 @@ class ClassPredictions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple(self.classes))
-        object.__setattr__(self, "folds", tuple(self.folds))
-        if self.leakage is None:
-            object.__setattr__(self, "leakage", leakage_note(self.protocol))
-        if not self.folds:
-            raise ValueError("folds is empty; at least one fold is needed")
-        names = [fold.fold for fold in self.folds]
-        if len(set(names)) < len(names):
-            raise ValueError(f"folds holds a name twice: {', '.join(names)}")
+        self._check_folds()
         for fold in self.folds:
             for part, table in (("test", fold.test), ("train", fold.train)):
                 if table.probabilities.shape[1] != len(self.classes):
@@ -142,35 +124,15 @@ class ClassPredictions:
                         f"{table.probabilities.shape[1]} classes; it must have "
                         f"{len(self.classes)}: {', '.join(self.classes)}"
                     )
-            both = sorted(set(fold.test.patient_ids) & set(fold.train.patient_ids))
-            if both and not self.leakage:
-                raise ValueError(
-                    f"fold {fold.fold}: {len(both)} patients are in training and test (first: "
-                    f"{both[0]}), but protocol {self.protocol!r} says that nothing leaks"
-                )
-
-    @property
-    def repeated(self) -> bool:
-        """Whether a patient is tested in more than one fold (repeated splits, not k folds)."""
-        patients = [name for fold in self.folds for name in set(fold.test.patient_ids)]
-        return len(set(patients)) < len(patients)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `predictions_<task>.csv` and `predictions_<task>.json` into an existing folder."""
-        path = Path(folder) / f"predictions_{self.task}.csv"
-        with atomic_path(path) as temporary, temporary.open("w", newline="") as stream:
-            writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow([*_COLUMNS, *(f"prob_{k}" for k in range(len(self.classes)))])
-            for fold in self.folds:
-                for part, table in (("train", fold.train), ("test", fold.test)):
-                    writer.writerows(
-                        [fold.fold, part, unit, patient, int(label), *map(repr, own.tolist())]
-                        for unit, patient, label, own in zip(
-                            table.unit_ids, table.patient_ids, table.label, table.probabilities
-                        )
-                    )
+
+        def cells(table: ClassTable, row: int) -> list[str]:
+            probabilities = table.probabilities[row].tolist()
+            return [str(int(table.label[row])), *map(repr, probabilities)]
+
         about = {
-            "format": _FORMAT,
             "task": self.task,
             "model": self.model,
             "protocol": self.protocol,
@@ -178,8 +140,9 @@ class ClassPredictions:
             "classes": list(self.classes),
             "ordinal": self.ordinal,
         }
-        with atomic_path(path.with_suffix(".json")) as temporary:
-            temporary.write_text(json.dumps(about, indent=2, allow_nan=False) + "\n")
+        columns = [*_COLUMNS, *(f"prob_{k}" for k in range(len(self.classes)))]
+        path = Path(folder) / f"predictions_{self.task}.csv"
+        write_folds(path, self.folds, columns, cells, about=about)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], task: str) -> ClassPredictions:
@@ -189,22 +152,9 @@ class ClassPredictions:
             FileNotFoundError: a file is missing.
             ValueError: a file is not what `save` writes; the message names file and line.
         """
-        path = Path(folder) / f"predictions_{task}.json"
-        try:
-            about = json.loads(path.read_text())
-            version = about.pop("format")
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a predictions file: {error}") from None
-        if version != _FORMAT:
-            raise ValueError(f"{path} has format {version}; this version reads format {_FORMAT}")
-        path = path.with_suffix(".csv")
-        tables = _read_tables(path)
-        folds = []
-        for name in dict.fromkeys(fold for fold, _ in tables):
-            missing = [part for part in ("train", "test") if (name, part) not in tables]
-            if missing:
-                raise ValueError(f"{path}: fold {name} has no {missing[0]}")
-            folds.append(ClassFold(name, tables[name, "test"], tables[name, "train"]))
+        path = Path(folder) / f"predictions_{task}.csv"
+        about, tables = read_folds(path, _COLUMNS, _table)
+        folds = [ClassFold(name, **parts) for name, parts in tables.items()]
         return cls(folds=folds, **about)
 
 
@@ -214,26 +164,10 @@ def class_tasks_in(folder: str | os.PathLike[str]) -> list[str]:
     return sorted(path.stem.removeprefix("predictions_") for path in found)
 
 
-def _read_tables(path: Path) -> dict[tuple[str, str], ClassTable]:
-    with path.open(newline="") as stream:
-        reader = csv.reader(stream)
-        header = next(reader, [])
-        if tuple(header[: len(_COLUMNS)]) != _COLUMNS:
-            raise ValueError(f"{path} does not start with the columns {', '.join(_COLUMNS)}")
-        parts: dict[tuple[str, str], list[list[str]]] = {}
-        for row in reader:
-            if len(row) != len(header) or row[1] not in ("train", "test"):
-                raise ValueError(f"{path}, line {reader.line_num}: not a row of predictions")
-            parts.setdefault((row[0], row[1]), []).append(row)
-    tables = {}
-    for key, rows in parts.items():
-        try:
-            tables[key] = ClassTable(
-                unit_ids=[row[2] for row in rows],
-                patient_ids=[row[3] for row in rows],
-                label=[int(row[4]) for row in rows],
-                probabilities=[[float(value) for value in row[5:]] for row in rows],
-            )
-        except ValueError as error:
-            raise ValueError(f"{path}, fold {key[0]}, {key[1]} rows: {error}") from None
-    return tables
+def _table(units: Sequence[str], patients: Sequence[str], cells: Sequence[list[str]]) -> ClassTable:
+    return ClassTable(
+        unit_ids=units,
+        patient_ids=patients,
+        label=[int(row[0]) for row in cells],
+        probabilities=[[float(value) for value in row[1:]] for row in cells],
+    )

@@ -6,8 +6,6 @@ protocol, head, bin edges). Numbers are written so that reading gives back the s
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,18 +16,17 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from survfuse.baseline_hazard import breslow_baseline
-from survfuse.data.atomic import atomic_path
 from survfuse.evaluation.curves import (
     SurvivalCurves,
     cox_survival_curves,
     nll_survival_curves,
 )
-from survfuse.evaluation.protocols import leakage_note
+from survfuse.evaluation.folds import Fold, FoldedPredictions, read_folds, row_names, write_folds
 from survfuse.outcomes import check_outcomes, check_risk
 
 Head = Literal["nll", "cox", "risk"]
-_FORMAT = 1
-_COLUMNS = ("fold", "part", "unit_id", "patient_id", "time", "event", "risk")
+# behind the names of fold, part, unit and patient, and before the logits
+_COLUMNS = ("time", "event", "risk")
 
 
 @dataclass(frozen=True)
@@ -57,14 +54,10 @@ class PatientTable:
 
     def __post_init__(self) -> None:
         time, event = check_outcomes(self.time, self.event, need_event=False)
-        units = tuple(str(name) for name in self.unit_ids)
-        patients = tuple(str(name) for name in self.patient_ids)
+        units, patients = row_names(self.unit_ids, self.patient_ids)
         for name, ids in (("unit_ids", units), ("patient_ids", patients)):
             if len(ids) != time.size:
                 raise ValueError(f"{name} holds {len(ids)} names; it must hold {time.size}")
-        if len(set(units)) < len(units):
-            twice = next(name for name in units if units.count(name) > 1)
-            raise ValueError(f"unit_ids holds {twice!r} more than once")
         outcome: dict[str, tuple[float, bool]] = {}
         for name, *own in zip(patients, time, event):
             if outcome.setdefault(name, tuple(own)) != tuple(own):
@@ -94,7 +87,7 @@ class PatientTable:
 
 
 @dataclass(frozen=True)
-class FoldPredictions:
+class FoldPredictions(Fold):
     """One fold: the test units with risks, the training units with outcomes.
 
     Args:
@@ -108,13 +101,12 @@ class FoldPredictions:
         ValueError: the test table has no risk, or logits and edges do not belong together.
     """
 
-    fold: str
     test: PatientTable
     train: PatientTable
     edges: ArrayLike | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "fold", str(self.fold))
+        super().__post_init__()
         if self.test.risk is None:
             raise ValueError(f"fold {self.fold}: the test table holds no risk")
         if (self.test.logits is None) != (self.edges is None):
@@ -124,13 +116,9 @@ class FoldPredictions:
             object.__setattr__(self, "edges", edges)
             nll_survival_curves(self.test.logits, edges)
 
-    def straddling(self) -> list[str]:
-        """Return the patients that are in training and in test, sorted."""
-        return sorted(set(self.test.patient_ids) & set(self.train.patient_ids))
-
 
 @dataclass(frozen=True)
-class Predictions:
+class Predictions(FoldedPredictions):
     """All folds of one model under one protocol.
 
     Args:
@@ -156,31 +144,12 @@ class Predictions:
     leakage: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "folds", tuple(self.folds))
-        if self.leakage is None:
-            object.__setattr__(self, "leakage", leakage_note(self.protocol))
         if self.head not in ("nll", "cox", "risk"):
             raise ValueError(f"head is {self.head!r}; it must be 'nll', 'cox' or 'risk'")
-        if not self.folds:
-            raise ValueError("folds is empty; at least one fold is needed")
-        names = [fold.fold for fold in self.folds]
-        if len(set(names)) < len(names):
-            raise ValueError(f"folds holds a name twice: {', '.join(names)}")
+        self._check_folds()
         for fold in self.folds:
             if self.head == "nll" and fold.test.logits is None:
                 raise ValueError(f"fold {fold.fold}: an NLL head needs test logits and edges")
-            both = fold.straddling()
-            if both and not self.leakage:
-                raise ValueError(
-                    f"fold {fold.fold}: {len(both)} patients are in training and test (first: "
-                    f"{both[0]}), but protocol {self.protocol!r} says that nothing leaks"
-                )
-
-    @property
-    def repeated(self) -> bool:
-        """Whether a patient is tested in more than one fold (repeated splits, not k folds)."""
-        patients = [name for fold in self.folds for name in set(fold.test.patient_ids)]
-        return len(set(patients)) < len(patients)
 
     def curves(self, fold: FoldPredictions) -> SurvivalCurves | None:
         """Return the predicted survival of a fold's test units, or None where there is none."""
@@ -194,21 +163,17 @@ class Predictions:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `predictions.csv` and `predictions.json` into an existing folder."""
-        folder = Path(folder)
         n_bins = max(
             (f.test.logits.shape[1] for f in self.folds if f.test.logits is not None), default=0
         )
-        with (
-            atomic_path(folder / "predictions.csv") as temporary,
-            temporary.open("w", newline="") as stream,
-        ):
-            writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow([*_COLUMNS, *(f"logit_{k}" for k in range(n_bins))])
-            for fold in self.folds:
-                for part, table in (("train", fold.train), ("test", fold.test)):
-                    writer.writerows(_rows(fold.fold, part, table, n_bins))
+
+        def cells(table: PatientTable, row: int) -> list[str]:
+            risk = "" if table.risk is None else repr(float(table.risk[row]))
+            logits = [] if table.logits is None else [repr(float(x)) for x in table.logits[row]]
+            outcome = [repr(float(table.time[row])), str(int(table.event[row]))]
+            return [*outcome, risk, *logits, *[""] * (n_bins - len(logits))]
+
         about = {
-            "format": _FORMAT,
             "model": self.model,
             "head": self.head,
             "protocol": self.protocol,
@@ -222,8 +187,9 @@ class Predictions:
                 if fold.edges is not None
             },
         }
-        with atomic_path(folder / "predictions.json") as temporary:
-            temporary.write_text(json.dumps(about, indent=2, allow_nan=False) + "\n")
+        columns = [*_COLUMNS, *(f"logit_{k}" for k in range(n_bins))]
+        path = Path(folder) / "predictions.csv"
+        write_folds(path, self.folds, columns, cells, about=about)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Predictions:
@@ -233,25 +199,13 @@ class Predictions:
             FileNotFoundError: a file is missing.
             ValueError: a file is not what `save` writes; the message names file and line.
         """
-        folder = Path(folder)
-        path = folder / "predictions.json"
-        try:
-            about = json.loads(path.read_text())
-            version = about["format"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a predictions file: {error}") from None
-        if version != _FORMAT:
-            raise ValueError(f"{path} has format {version}; this version reads format {_FORMAT}")
-        tables = _read_tables(folder / "predictions.csv")
+        about, tables = read_folds(Path(folder) / "predictions.csv", _COLUMNS, _table)
         folds = []
-        for name in dict.fromkeys(fold for fold, _ in tables):
-            missing = [part for part in ("train", "test") if (name, part) not in tables]
-            if missing:
-                raise ValueError(f"{folder / 'predictions.csv'}: fold {name} has no {missing[0]}")
+        for name, parts in tables.items():
             edges = about["edges"].get(name)
             if edges is not None:
                 edges = [np.inf if edge is None else edge for edge in edges]
-            folds.append(FoldPredictions(name, tables[name, "test"], tables[name, "train"], edges))
+            folds.append(FoldPredictions(name, edges=edges, **parts))
         return cls(
             model=about["model"],
             head=about["head"],
@@ -263,46 +217,16 @@ class Predictions:
         )
 
 
-def _rows(fold: str, part: str, table: PatientTable, n_bins: int) -> list[list[str]]:
-    rows = []
-    for k, unit in enumerate(table.unit_ids):
-        risk = "" if table.risk is None else repr(float(table.risk[k]))
-        logits = [""] * n_bins
-        if table.logits is not None:
-            own = [repr(float(value)) for value in table.logits[k]]
-            logits[: len(own)] = own
-        rows.append(
-            [fold, part, unit, table.patient_ids[k], repr(float(table.time[k])),
-             str(int(table.event[k])), risk, *logits]
-        )  # fmt: skip
-    return rows
-
-
-def _read_tables(path: Path) -> dict[tuple[str, str], PatientTable]:
-    with path.open(newline="") as stream:
-        reader = csv.reader(stream)
-        header = next(reader, [])
-        if tuple(header[: len(_COLUMNS)]) != _COLUMNS:
-            raise ValueError(f"{path} does not start with the columns {', '.join(_COLUMNS)}")
-        parts: dict[tuple[str, str], list[list[str]]] = {}
-        for row in reader:
-            if len(row) != len(header) or row[1] not in ("train", "test"):
-                raise ValueError(f"{path}, line {reader.line_num}: not a row of predictions")
-            parts.setdefault((row[0], row[1]), []).append(row)
-    return {key: _table(path, key, rows) for key, rows in parts.items()}
-
-
-def _table(path: Path, key: tuple[str, str], rows: list[list[str]]) -> PatientTable:
-    try:
-        risks = [row[6] for row in rows]
-        logits = [[value for value in row[7:] if value] for row in rows]
-        return PatientTable(
-            unit_ids=[row[2] for row in rows],
-            patient_ids=[row[3] for row in rows],
-            time=[float(row[4]) for row in rows],
-            event=[int(row[5]) for row in rows],
-            risk=[float(value) for value in risks] if any(risks) else None,
-            logits=np.array(logits, dtype=np.float64) if any(logits) else None,
-        )
-    except ValueError as error:
-        raise ValueError(f"{path}, fold {key[0]}, {key[1]} rows: {error}") from None
+def _table(
+    units: Sequence[str], patients: Sequence[str], cells: Sequence[list[str]]
+) -> PatientTable:
+    risks = [row[2] for row in cells]
+    logits = [[value for value in row[3:] if value] for row in cells]
+    return PatientTable(
+        unit_ids=units,
+        patient_ids=patients,
+        time=[float(row[0]) for row in cells],
+        event=[int(row[1]) for row in cells],
+        risk=[float(value) for value in risks] if any(risks) else None,
+        logits=np.array(logits, dtype=np.float64) if any(logits) else None,
+    )

@@ -6,6 +6,7 @@ from survfuse.models.ammasurv_config import AMMASurvConfig
 from survfuse.models.base import FusionModel
 from survfuse.models.cmta import CMTA
 from survfuse.models.cmta_config import CMTAConfig
+from survfuse.models.config import ModelConfig
 from survfuse.models.healnet import HEALNet
 from survfuse.models.healnet_config import HEALNetConfig
 from survfuse.models.late_fusion import LateFusion, LateFusionConfig
@@ -44,6 +45,7 @@ __all__ = [
     "MeanPool",
     "MeanPoolConfig",
     "ModalityConfig",
+    "ModelConfig",
     "MultiModN",
     "MultiModNConfig",
     "Perceiver",

@@ -9,7 +9,7 @@ Nature Biomedical Engineering 2021, which survival studies use.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -18,23 +18,15 @@ from torch import Tensor, nn
 from survfuse.batch import Modality, ModelOutput
 from survfuse.layers.latent_attention import zero_gradients
 from survfuse.models.base import FusionModel, evaluating
+from survfuse.models.config import ModelConfig, Presets
 from survfuse.models.encoders import PatchPool, check_one_bag
 from survfuse.models.heads import TaskHeads
 from survfuse.models.inputs import PositionEncoding, encode_inputs, token_width
-from survfuse.models.settings import (
-    ModalityConfig,
-    check_integers,
-    check_positive,
-    check_preset,
-    check_probabilities,
-    parse_modalities,
-    parse_outputs,
-)
-from survfuse.ops.backends import check_backend
+from survfuse.models.settings import check_integers, check_positive, check_probabilities
 
 
 @dataclass(frozen=True)
-class ABMILConfig:
+class ABMILConfig(ModelConfig):
     """Settings of `ABMIL`.
 
     Attributes:
@@ -48,14 +40,15 @@ class ABMILConfig:
             `survfuse.layers.fourier`.
         backend: of `survfuse.ops.gated_attention_pool`.
 
+    Presets:
+        "paper"; "clam", with a gate of 256 units.
+
     Raises:
         ValueError: names the field, what it was and what it must be.
     """
 
-    PRESETS: ClassVar[tuple[str, ...]] = ("paper", "clam")
+    PRESETS: ClassVar[Presets] = {"paper": {}, "clam": {"hidden": 256}}
 
-    modalities: Mapping[str, ModalityConfig]
-    outputs: Mapping[str, int] = field(default_factory=lambda: {"survival": 4})
     dim: int = 512
     hidden: int = 128
     dropout: float = 0.25
@@ -64,31 +57,11 @@ class ABMILConfig:
     max_frequency: float = 2.0
     backend: str | None = None
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "modalities", parse_modalities(self.modalities))
-        object.__setattr__(self, "outputs", parse_outputs(self.outputs))
+    def _check(self) -> None:
         check_one_bag("ABMIL", self.modalities)
         check_integers(self, {"dim": 1, "hidden": 1, "fourier_bands": 0})
         check_probabilities(self, "dropout", "attention_dropout")
         check_positive(self, "max_frequency")
-        check_backend(self.backend)
-
-    @classmethod
-    def from_preset(
-        cls,
-        name: str,
-        *,
-        modalities: Mapping[str, ModalityConfig | tuple],
-        outputs: Mapping[str, int] | None = None,
-    ) -> ABMILConfig:
-        """The preset "paper", or "clam", with a gate of 256 units.
-
-        Raises:
-            ValueError: another name, or modalities that are not one bag or graph.
-        """
-        check_preset(name, cls.PRESETS)
-        outputs = {"survival": 4} if outputs is None else outputs
-        return cls(modalities, outputs, hidden=256 if name == "clam" else 128)
 
 
 class ABMIL(FusionModel):

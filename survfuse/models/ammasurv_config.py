@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from survfuse.layers.fourier import fourier_channels
+from survfuse.models.config import ModelConfig, Presets
 from survfuse.models.settings import (
-    ModalityConfig,
     check_choice,
     check_flags,
     check_integers,
     check_positive,
-    check_preset,
     check_probabilities,
     check_widths,
-    parse_modalities,
-    parse_outputs,
 )
-from survfuse.ops.backends import check_backend
 
 # who asks, then who is asked: patches (p) and genes (g)
 BLOCKS = ("pp", "pg", "gp", "gg")
@@ -41,15 +37,9 @@ ABLATION: dict[str, tuple[str, ...]] = {
     "symmetric": BLOCKS,
 }
 
-_PRESETS = {
-    "paper": ABLATION["patches_dominate"],
-    "symmetric": ABLATION["symmetric"],
-    "genes_to_patches": ABLATION["genes_to_patches"],
-}
-
 
 @dataclass(frozen=True)
-class AMMASurvConfig:
+class AMMASurvConfig(ModelConfig):
     """Settings of `AMMASurv`; `asdict` and `AMMASurvConfig(**dict)` round-trip.
 
     Attributes:
@@ -86,19 +76,27 @@ class AMMASurvConfig:
         checkpoint: compute layers again in the backward instead of keeping what they hold.
         backend: of the ops; None for the fastest that can serve the call.
 
+    Presets:
+        A named set of blocks; every other setting is ours in all of them. "paper", our reading of
+        the abstract, which is all that is public: patches attend to patches, genes to genes and
+        patches. "symmetric": all four blocks. "genes_to_patches": genes attend to genes and
+        patches, patches to nothing.
+
     Raises:
         ValueError: names the field, what it was and what it must be.
     """
 
-    PRESETS: ClassVar[tuple[str, ...]] = tuple(_PRESETS)
+    PRESETS: ClassVar[Presets] = {
+        "paper": {},
+        "symmetric": {"blocks": ABLATION["symmetric"]},
+        "genes_to_patches": {"blocks": ABLATION["genes_to_patches"]},
+    }
 
-    modalities: Mapping[str, ModalityConfig]
-    outputs: Mapping[str, int] = field(default_factory=lambda: {"survival": 4})
     dim: int = 256
     depth: int = 2
     heads: int = 4
     head_dim: int = 64
-    blocks: Sequence[str] | Sequence[Sequence[str]] = _PRESETS["paper"]
+    blocks: Sequence[str] | Sequence[Sequence[str]] = ABLATION["patches_dominate"]
     patch_attention_kind: str = "auto"
     exact_limit: int = 4096
     landmarks: int = 256
@@ -122,9 +120,7 @@ class AMMASurvConfig:
     checkpoint: bool = False
     backend: str | None = None
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "modalities", parse_modalities(self.modalities))
-        object.__setattr__(self, "outputs", parse_outputs(self.outputs))
+    def _check(self) -> None:
         sizes = ("dim", "depth", "heads", "head_dim", "exact_limit", "landmarks", "iterations")
         check_integers(self, dict.fromkeys((*sizes, "ff_expansion", "pool_hidden"), 1))
         check_integers(self, {"fourier_bands": 0})
@@ -138,7 +134,6 @@ class AMMASurvConfig:
         check_probabilities(self, *dropouts)
         check_positive(self, "max_frequency")
         check_flags(self, "learned_importance", "count_normalised", "checkpoint")
-        check_backend(self.backend)
         check_widths(self, "gene_hidden", least=0)
         object.__setattr__(self, "blocks", _check_blocks(self.blocks, self.depth))
         self._check_kinds()
@@ -175,34 +170,6 @@ class AMMASurvConfig:
         of_all = not self.blocks or isinstance(self.blocks[0], str)
         layers = (self.blocks,) * self.depth if of_all else self.blocks
         return tuple(tuple(block for block in BLOCKS if block in layer) for layer in layers)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings and dicts, as JSON and YAML hold them."""
-        return asdict(self)
-
-    @classmethod
-    def from_preset(
-        cls,
-        name: str,
-        *,
-        modalities: Mapping[str, ModalityConfig | tuple],
-        outputs: Mapping[str, int] | None = None,
-    ) -> AMMASurvConfig:
-        """A named set of blocks; every other setting is ours in all of them.
-
-        Args:
-            name: "paper", our reading of the abstract, which is all that is public: patches attend
-                to patches, genes to genes and patches. "symmetric": all four blocks.
-                "genes_to_patches": genes attend to genes and patches, patches to nothing.
-            modalities: a `ModalityConfig` each, or (kind, channels) as `Cohort.channels()` gives.
-            outputs: number of logits by task; by default four time bins of "survival".
-
-        Raises:
-            ValueError: an unknown preset, or modalities that are not as above.
-        """
-        check_preset(name, cls.PRESETS)
-        outputs = {"survival": 4} if outputs is None else outputs
-        return cls(modalities, outputs, blocks=_PRESETS[name])
 
 
 def _check_blocks(blocks: Any, depth: int) -> tuple[str, ...] | tuple[tuple[str, ...], ...]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from survfuse.batch import Modality, ModelOutput, TableBatch
+from survfuse.models.config import ModelConfig
 
 Score = Callable[[Tensor], Tensor]
 
@@ -17,9 +19,8 @@ Score = Callable[[Tensor], Tensor]
 class FusionModel(nn.Module):
     """A model of a cohort: any modality may be absent for any sample.
 
-    A subclass names its configuration, is built from one alone, and implements `forward` and
-    `patch_attention`. Its configuration has the fields `modalities` (`ModalityConfig` by name) and
-    `outputs` (number of logits by task), and `from_preset(name, *, modalities, outputs)`.
+    A subclass names its configuration, a `ModelConfig`, is built from one alone, and implements
+    `forward` and `patch_attention`.
 
     `torch.export.export(model, (inputs,), strict=False)` captures a model, with the numbers of
     samples, of patches and of the longest bag (`Ragged.total`, `Ragged.max_length`) fixed or
@@ -31,7 +32,7 @@ class FusionModel(nn.Module):
         export_obstacle: what the host must read of a batch that a captured graph cannot; or None.
     """
 
-    config_class: ClassVar[type]
+    config_class: ClassVar[type[ModelConfig]]
     export_obstacle: ClassVar[str | None] = None
     config: Any
 
@@ -55,11 +56,8 @@ class FusionModel(nn.Module):
         Raises:
             ValueError, TypeError: a preset, a modality or a setting is not one of the model's.
         """
-        import dataclasses
-
-        outputs = {"survival": 4} if outputs is None else outputs
         config = cls.config_class.from_preset(name, modalities=modalities, outputs=outputs)
-        return cls(dataclasses.replace(config, **settings))
+        return cls(replace(config, **settings))
 
     def forward(self, inputs: Mapping[str, Modality]) -> ModelOutput:
         raise NotImplementedError

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
-from survfuse.models.patches_and_genes import (
-    check_heads,
-    patch_modality,
-)
+from survfuse.models.config import ModelConfig, Presets
+from survfuse.models.patches_and_genes import check_gene_side, check_heads
 from survfuse.models.settings import (
-    ModalityConfig,
     check_choice,
     check_flags,
     check_integers,
-    check_number,
-    check_preset,
+    check_not_negative,
     check_probabilities,
     check_widths,
-    parse_modalities,
-    parse_outputs,
 )
-from survfuse.ops.backends import check_backend
 
 ALIGNMENTS = ("l1", "mse", "cosine", "kl", "none")
 
 
 @dataclass(frozen=True)
-class CMTAConfig:
+class CMTAConfig(ModelConfig):
     """Settings of `CMTA`.
 
     Attributes:
@@ -52,14 +44,24 @@ class CMTAConfig:
             alone.
         backend: of the ops; None for the fastest that can serve the call.
 
+    Presets:
+        "paper"; "released" (ELU where the paper has a self-normalising network); "released:large"
+        with its wider networks in front.
+
     Raises:
         ValueError: names the field, what it was and what it must be.
     """
 
-    PRESETS: ClassVar[tuple[str, ...]] = ("paper", "released", "released:large")
+    PRESETS: ClassVar[Presets] = {
+        "paper": {},
+        "released": {"gene_activation": "elu"},
+        "released:large": {
+            "gene_activation": "elu",
+            "gene_widths": (1024, 1024, 1024),
+            "patch_widths": (512,),
+        },
+    }
 
-    modalities: Mapping[str, ModalityConfig]
-    outputs: Mapping[str, int] = field(default_factory=lambda: {"survival": 4})
     dim: int = 256
     gene_widths: tuple[int, ...] = (1024,)
     patch_widths: tuple[int, ...] = (256,)
@@ -77,45 +79,14 @@ class CMTAConfig:
     recompute: bool = True
     backend: str | None = None
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "modalities", parse_modalities(self.modalities))
-        object.__setattr__(self, "outputs", parse_outputs(self.outputs))
-        patch_modality(self.modalities, "CMTA")
+    def _check(self) -> None:
+        check_gene_side(self, "CMTA")
         lows = {"dim": 1, "encoder_heads": 1, "attention_heads": 1, "landmarks": 1}
         check_integers(self, {**lows, "bilinear_scale": 1})
         check_heads(self, "dim", "encoder_heads", "attention_heads")
-        check_widths(self, "gene_widths", "patch_widths")
-        check_choice(self, "gene_activation", ("selu", "elu"))
+        check_widths(self, "patch_widths")
         check_choice(self, "alignment", ALIGNMENTS)
         check_choice(self, "fusion", ("concat", "bilinear"))
-        check_probabilities(self, "gene_dropout", "patch_dropout", "dropout")
-        check_number(self, "alignment_weight")
-        if self.alignment_weight < 0:
-            raise ValueError(f"alignment_weight is {self.alignment_weight}; it must be at least 0")
+        check_probabilities(self, "patch_dropout", "dropout")
+        check_not_negative(self, "alignment_weight")
         check_flags(self, "recompute")
-        check_backend(self.backend)
-
-    @classmethod
-    def from_preset(
-        cls,
-        name: str,
-        *,
-        modalities: Mapping[str, ModalityConfig | tuple],
-        outputs: Mapping[str, int] | None = None,
-    ) -> CMTAConfig:
-        """The configuration of the paper or of the public code.
-
-        Args:
-            name: "paper"; "released" (ELU where the paper has a self-normalising network);
-                "released:large" with its wider networks in front.
-            modalities: a `ModalityConfig` each, or (kind, channels) and a table's groups.
-            outputs: number of logits by task; by default four time bins.
-
-        Raises:
-            ValueError: an unknown preset, or modalities that are not as above.
-        """
-        check_preset(name, cls.PRESETS)
-        settings: dict[str, Any] = {} if name == "paper" else {"gene_activation": "elu"}
-        if name == "released:large":
-            settings |= {"gene_widths": (1024, 1024, 1024), "patch_widths": (512,)}
-        return cls(modalities, {"survival": 4} if outputs is None else outputs, **settings)

@@ -9,7 +9,7 @@ has.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from survfuse.batch import Modality, ModelOutput
 from survfuse.models.base import FusionModel, evaluating
+from survfuse.models.config import ModelConfig, Presets
 from survfuse.models.encoders import VectorEncoder
 from survfuse.models.heads import TaskHeads
 from survfuse.models.inputs import PositionEncoding, encode_inputs
@@ -27,20 +28,17 @@ from survfuse.models.settings import (
     check_flags,
     check_integers,
     check_positive,
-    check_preset,
     check_probabilities,
     check_widths,
     parse_modalities,
-    parse_outputs,
 )
-from survfuse.ops.backends import check_backend
 
 # entries of all outer products of a sample: with 256 units behind them 17 million weights
 _MAX_PRODUCTS = 1 << 16
 
 
 @dataclass(frozen=True)
-class LateFusionConfig:
+class LateFusionConfig(ModelConfig):
     """Settings of `LateFusion`.
 
     Attributes:
@@ -61,14 +59,20 @@ class LateFusionConfig:
             `survfuse.layers.fourier`.
         backend: of the ops.
 
+    Presets:
+        "paper" for PORPOISE; "pathomic" for the smaller vectors of Pathomic Fusion. Both are
+        published for two modalities. The product of all is kept up to three; more are fused by
+        products of every two, and twelve or more by concatenation.
+
     Raises:
         ValueError: names the field, what it was and what it must be.
     """
 
-    PRESETS: ClassVar[tuple[str, ...]] = ("paper", "pathomic")
+    PRESETS: ClassVar[Presets] = {
+        "paper": {},
+        "pathomic": {"dim": 32, "hidden": 64, "table_widths": (64, 48, 32)},
+    }
 
-    modalities: Mapping[str, ModalityConfig]
-    outputs: Mapping[str, int] = field(default_factory=lambda: {"survival": 4})
     fusion: str = "kronecker"
     dim: int = 256
     rank: int = 32
@@ -84,9 +88,7 @@ class LateFusionConfig:
     max_frequency: float = 2.0
     backend: str | None = None
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "modalities", parse_modalities(self.modalities))
-        object.__setattr__(self, "outputs", parse_outputs(self.outputs))
+    def _check(self) -> None:
         check_choice(self, "fusion", ("concat", "add", "bilinear", "kronecker"))
         lows = {"dim": 1, "rank": 1, "hidden": 1, "patch_dim": 1, "attention_hidden": 1}
         check_integers(self, {**lows, "fourier_bands": 0})
@@ -95,7 +97,6 @@ class LateFusionConfig:
         check_choice(self, "activation", ("selu", "elu"))
         check_probabilities(self, "dropout")
         check_positive(self, "max_frequency")
-        check_backend(self.backend)
         entries = sum((self.rank + 1) ** len(factors) for factors in self.products())
         if entries > _MAX_PRODUCTS:
             raise ValueError(
@@ -112,29 +113,12 @@ class LateFusionConfig:
         return list(combinations(range(n), n if self.fusion == "kronecker" else min(n, 2)))
 
     @classmethod
-    def from_preset(
-        cls,
-        name: str,
-        *,
-        modalities: Mapping[str, ModalityConfig | tuple],
-        outputs: Mapping[str, int] | None = None,
-    ) -> LateFusionConfig:
-        """The preset "paper" for PORPOISE, "pathomic" for the smaller vectors of Pathomic Fusion.
-
-        Both are published for two modalities. The product of all is kept up to three; more are
-        fused by products of every two, and twelve or more by concatenation.
-
-        Raises:
-            ValueError: another name.
-        """
-        check_preset(name, cls.PRESETS)
-        outputs = {"survival": 4} if outputs is None else outputs
-        settings: dict[str, Any] = {}
-        if name == "pathomic":
-            settings = {"dim": 32, "hidden": 64, "table_widths": (64, 48, 32)}
+    def _preset_settings(
+        cls, name: str, modalities: Mapping[str, ModalityConfig | tuple]
+    ) -> dict[str, Any]:
         n = len(parse_modalities(modalities))
         fusion = "kronecker" if n <= 3 else "bilinear" if n <= 11 else "concat"
-        return cls(modalities, outputs, fusion=fusion, **settings)
+        return {**cls.PRESETS[name], "fusion": fusion}
 
 
 class LateFusion(FusionModel):

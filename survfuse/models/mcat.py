@@ -8,8 +8,8 @@ is listed in docs/models.md.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,34 +20,30 @@ from survfuse.layers.latent_attention import zero_gradients
 from survfuse.layers.projected_attention import ProjectedBagAttention
 from survfuse.layers.token_encoder import TokenEncoder
 from survfuse.models.base import FusionModel, evaluating
+from survfuse.models.config import ModelConfig, Presets
 from survfuse.models.heads import TaskHeads
 from survfuse.models.inputs import Tokens, encode_inputs, token_width
 from survfuse.models.patches_and_genes import (
     GeneSide,
     KnownTokens,
+    check_gene_side,
     check_heads,
     check_piece_rows,
     patch_modality,
     weights_by_group,
 )
 from survfuse.models.settings import (
-    ModalityConfig,
     check_choice,
     check_flags,
     check_integers,
-    check_preset,
     check_probabilities,
-    check_widths,
-    parse_modalities,
-    parse_outputs,
 )
-from survfuse.ops.backends import check_backend
 
 __all__ = ["MCAT", "MCATConfig"]
 
 
 @dataclass(frozen=True)
-class MCATConfig:
+class MCATConfig(ModelConfig):
     """Settings of `MCAT`.
 
     Attributes:
@@ -67,15 +63,22 @@ class MCATConfig:
         piece_rows: patches that are projected at a time; None for what suits the device.
         backend: of the ops; None for the fastest that can serve the call.
 
+    Presets:
+        "paper"; "released" (ELU where the paper has a self-normalising network); "released:big"
+        with its larger gene networks. (Its larger projection of patches does not fit its own
+        attention, so there is none.)
+
     Raises:
         ValueError: names the field, what it was and what it must be.
     """
 
-    PRESETS: ClassVar[tuple[str, ...]] = ("paper", "released", "released:big")
+    PRESETS: ClassVar[Presets] = {
+        "paper": {},
+        "released": {"gene_activation": "elu"},
+        "released:big": {"gene_activation": "elu", "gene_widths": (1024, 1024, 1024)},
+    }
     MODEL: ClassVar[str] = "MCAT"
 
-    modalities: Mapping[str, ModalityConfig]
-    outputs: Mapping[str, int] = field(default_factory=lambda: {"survival": 4})
     dim: int = 256
     gene_widths: tuple[int, ...] = (256,)
     gene_activation: str = "selu"
@@ -92,46 +95,15 @@ class MCATConfig:
     piece_rows: int | None = None
     backend: str | None = None
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "modalities", parse_modalities(self.modalities))
-        object.__setattr__(self, "outputs", parse_outputs(self.outputs))
-        patch_modality(self.modalities, self.MODEL)
+    def _check(self) -> None:
+        check_gene_side(self, self.MODEL)
         lows = {"dim": 1, "attention_heads": 1, "encoder_layers": 1, "encoder_heads": 1}
         check_integers(self, {**lows, "encoder_hidden": 1, "bilinear_scale": 1})
         check_heads(self, "dim", "attention_heads", "encoder_heads")
-        check_widths(self, "gene_widths")
-        check_choice(self, "gene_activation", ("selu", "elu"))
         check_choice(self, "fusion", ("concat", "bilinear"))
-        check_probabilities(self, "gene_dropout", "patch_dropout", "dropout")
+        check_probabilities(self, "patch_dropout", "dropout")
         check_flags(self, "recompute")
         check_piece_rows(self)
-        check_backend(self.backend)
-
-    @classmethod
-    def from_preset(
-        cls,
-        name: str,
-        *,
-        modalities: Mapping[str, ModalityConfig | tuple],
-        outputs: Mapping[str, int] | None = None,
-    ) -> MCATConfig:
-        """The configuration of the paper or of the public code.
-
-        Args:
-            name: "paper"; "released" (ELU where the paper has a self-normalising network);
-                "released:big" with its larger gene networks. (Its larger projection of patches
-                does not fit its own attention, so there is none.)
-            modalities: a `ModalityConfig` each, or (kind, channels) and a table's groups.
-            outputs: number of logits by task; by default four time bins.
-
-        Raises:
-            ValueError: an unknown preset, or modalities that are not as above.
-        """
-        check_preset(name, cls.PRESETS)
-        settings: dict[str, Any] = {} if name == "paper" else {"gene_activation": "elu"}
-        if name == "released:big":
-            settings["gene_widths"] = (1024, 1024, 1024)
-        return cls(modalities, {"survival": 4} if outputs is None else outputs, **settings)
 
 
 class MCAT(FusionModel):

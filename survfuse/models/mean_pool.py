@@ -7,7 +7,7 @@ fusion model adds is the difference to it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -17,21 +17,14 @@ from survfuse.batch import Modality, ModelOutput
 from survfuse.layers.bag_mean import bag_mean
 from survfuse.layers.latent_attention import zero_gradients
 from survfuse.models.base import FusionModel
+from survfuse.models.config import ModelConfig, Presets
 from survfuse.models.heads import TaskHeads
 from survfuse.models.inputs import Tokens, encode_inputs
-from survfuse.models.settings import (
-    ModalityConfig,
-    check_integers,
-    check_preset,
-    check_probabilities,
-    parse_modalities,
-    parse_outputs,
-)
-from survfuse.ops.backends import check_backend
+from survfuse.models.settings import ModalityConfig, check_integers, check_probabilities
 
 
 @dataclass(frozen=True)
-class MeanPoolConfig:
+class MeanPoolConfig(ModelConfig):
     """Settings of `MeanPool`.
 
     Attributes:
@@ -45,36 +38,15 @@ class MeanPoolConfig:
         ValueError: a value is out of range.
     """
 
-    PRESETS: ClassVar[tuple[str, ...]] = ("default",)
+    PRESETS: ClassVar[Presets] = {"default": {}}
 
-    modalities: Mapping[str, ModalityConfig]
-    outputs: Mapping[str, int] = field(default_factory=lambda: {"survival": 4})
     width: int = 64
     dropout: float = 0.25
     backend: str | None = None
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "modalities", parse_modalities(self.modalities))
-        object.__setattr__(self, "outputs", parse_outputs(self.outputs))
+    def _check(self) -> None:
         check_integers(self, {"width": 1})
         check_probabilities(self, "dropout")
-        check_backend(self.backend)
-
-    @classmethod
-    def from_preset(
-        cls,
-        name: str,
-        *,
-        modalities: Mapping[str, ModalityConfig | tuple],
-        outputs: Mapping[str, int] | None = None,
-    ) -> MeanPoolConfig:
-        """The one preset, "default".
-
-        Raises:
-            ValueError: another name.
-        """
-        check_preset(name, cls.PRESETS)
-        return cls(modalities, {"survival": 4} if outputs is None else outputs)
 
 
 class MeanPool(FusionModel):

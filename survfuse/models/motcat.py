@@ -7,23 +7,17 @@ What differs from that code is listed in docs/models.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from survfuse.layers.transport_attention import SOLVERS, TransportAttention
+from survfuse.models.config import Presets
 from survfuse.models.inputs import Tokens
 from survfuse.models.mcat import MCAT, MCATConfig
 from survfuse.models.patches_and_genes import KnownTokens
-from survfuse.models.settings import (
-    ModalityConfig,
-    check_choice,
-    check_integers,
-    check_positive,
-    check_preset,
-)
+from survfuse.models.settings import check_choice, check_integers, check_positive
 
 __all__ = ["MOTCat", "MOTCatConfig"]
 
@@ -40,11 +34,19 @@ class MOTCatConfig(MCATConfig):
         transport_tau: of the marginals.
         solver: "torch" or "pot"; see `survfuse.layers.transport_attention.TransportAttention`.
 
+    Presets:
+        "paper"; "released" (ELU where the paper has a self-normalising network); "released:16384"
+        with the larger micro-batch that the public code also names.
+
     Raises:
         ValueError: names the field, what it was and what it must be.
     """
 
-    PRESETS: ClassVar[tuple[str, ...]] = ("paper", "released", "released:16384")
+    PRESETS: ClassVar[Presets] = {
+        "paper": {},
+        "released": {"gene_activation": "elu"},
+        "released:16384": {"gene_activation": "elu", "micro_batch": 16384},
+    }
     MODEL: ClassVar[str] = "MOTCat"
 
     micro_batch: int = 256
@@ -52,8 +54,8 @@ class MOTCatConfig(MCATConfig):
     transport_tau: float = 0.5
     solver: str = "torch"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check(self) -> None:
+        super()._check()
         check_integers(self, {"micro_batch": 1})
         check_positive(self, "transport_reg", "transport_tau")
         # exp(-1 / reg) must be far from the least number of fp64
@@ -64,30 +66,6 @@ class MOTCatConfig(MCATConfig):
             raise ValueError(
                 "recompute is True; it must be False: a plan needs all patches at once"
             )
-
-    @classmethod
-    def from_preset(
-        cls,
-        name: str,
-        *,
-        modalities: Mapping[str, ModalityConfig | tuple],
-        outputs: Mapping[str, int] | None = None,
-    ) -> MOTCatConfig:
-        """The configuration of the paper or of the public code.
-
-        Args:
-            name: "paper"; "released" (ELU where the paper has a self-normalising network);
-                "released:16384" with the larger micro-batch that the public code also names.
-            modalities: a `ModalityConfig` each, or (kind, channels) and a table's groups.
-            outputs: number of logits by task; by default four time bins.
-
-        Raises:
-            ValueError: an unknown preset, or modalities that are not as above.
-        """
-        check_preset(name, cls.PRESETS)
-        base, _, size = name.partition(":")
-        config = super().from_preset(base, modalities=modalities, outputs=outputs)
-        return replace(config, micro_batch=int(size)) if size else config
 
 
 class MOTCat(MCAT):

@@ -7,7 +7,7 @@ NeurIPS 2023, section 3, and for sizes its public code (github.com/EPFLiGHT/Mult
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -17,29 +17,23 @@ from survfuse.batch import Modality, ModelOutput
 from survfuse.layers.bag_mean import bag_mean
 from survfuse.layers.latent_attention import zero_gradients
 from survfuse.models.base import FusionModel, evaluating
-from survfuse.models.encoders import (
-    PatchPool,
-    is_vector,
-)
+from survfuse.models.config import ModelConfig, Presets
+from survfuse.models.encoders import PatchPool, is_vector
 from survfuse.models.inputs import PositionEncoding, Tokens, encode_inputs, token_width
 from survfuse.models.settings import (
     ModalityConfig,
     bags_and_graphs,
     check_choice,
     check_integers,
-    check_number,
+    check_not_negative,
     check_positive,
-    check_preset,
     check_probabilities,
     check_widths,
-    parse_modalities,
-    parse_outputs,
 )
-from survfuse.ops.backends import check_backend
 
 
 @dataclass(frozen=True)
-class MultiModNConfig:
+class MultiModNConfig(ModelConfig):
     """Settings of `MultiModN`.
 
     Attributes:
@@ -58,14 +52,15 @@ class MultiModNConfig:
             `survfuse.layers.fourier`.
         backend: of the ops.
 
+    Presets:
+        "paper", where a bag is its mean; "attention", where that pools it.
+
     Raises:
         ValueError: names the field, what it was and what it must be.
     """
 
-    PRESETS: ClassVar[tuple[str, ...]] = ("paper", "attention")
+    PRESETS: ClassVar[Presets] = {"paper": {}, "attention": {"pool": "attention"}}
 
-    modalities: Mapping[str, ModalityConfig]
-    outputs: Mapping[str, int] = field(default_factory=lambda: {"survival": 4})
     state_dim: int = 50
     encoder_widths: tuple[int, ...] = (32, 32)
     decoder_widths: tuple[int, ...] = (32, 32)
@@ -78,36 +73,14 @@ class MultiModNConfig:
     max_frequency: float = 2.0
     backend: str | None = None
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "modalities", parse_modalities(self.modalities))
-        object.__setattr__(self, "outputs", parse_outputs(self.outputs))
+    def _check(self) -> None:
         lows = {"state_dim": 1, "patch_dim": 1, "attention_hidden": 1, "fourier_bands": 0}
         check_integers(self, lows)
         check_widths(self, "encoder_widths", "decoder_widths")
         check_choice(self, "pool", ("mean", "attention"))
         check_probabilities(self, "dropout")
-        check_number(self, "state_change")
-        if not self.state_change >= 0:
-            raise ValueError(f"state_change is {self.state_change}; it must be at least 0")
+        check_not_negative(self, "state_change")
         check_positive(self, "max_frequency")
-        check_backend(self.backend)
-
-    @classmethod
-    def from_preset(
-        cls,
-        name: str,
-        *,
-        modalities: Mapping[str, ModalityConfig | tuple],
-        outputs: Mapping[str, int] | None = None,
-    ) -> MultiModNConfig:
-        """The preset "paper", where a bag is its mean, or "attention", where that pools it.
-
-        Raises:
-            ValueError: another name.
-        """
-        check_preset(name, cls.PRESETS)
-        outputs = {"survival": 4} if outputs is None else outputs
-        return cls(modalities, outputs, pool="attention" if name == "attention" else "mean")
 
 
 class MultiModN(FusionModel):

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from survfuse.batch import Modality
 from survfuse.models.gene_tokens import GeneTokens
 from survfuse.models.inputs import Tokens
-from survfuse.models.settings import ModalityConfig, bags_and_graphs
+from survfuse.models.settings import (
+    ModalityConfig,
+    bags_and_graphs,
+    check_choice,
+    check_probabilities,
+    check_widths,
+)
 
 
 class KnownTokens(NamedTuple):
@@ -90,6 +96,14 @@ def patch_modality(modalities: Mapping[str, ModalityConfig], model: str) -> str 
     if len(modalities) == len(patches):
         raise ValueError(f"data.modalities holds no table; {model} needs at least one of genes")
     return patches[0] if patches else None
+
+
+def check_gene_side(config: Any, model: str) -> None:
+    """Raise unless the modalities are `patch_modality`'s and a `GeneSide` can be made."""
+    patch_modality(config.modalities, model)
+    check_widths(config, "gene_widths")
+    check_choice(config, "gene_activation", ("selu", "elu"))
+    check_probabilities(config, "gene_dropout")
 
 
 def check_heads(config: Any, dim: str, *names: str) -> None:

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
+from survfuse.models.config import ModelConfig, Presets
 from survfuse.models.settings import (
-    ModalityConfig,
     check_choice,
     check_integers,
     check_positive,
-    check_preset,
     check_probabilities,
-    parse_modalities,
-    parse_outputs,
 )
-from survfuse.ops.backends import check_backend
 
 
 @dataclass(frozen=True)
-class PerceiverConfig:
+class PerceiverConfig(ModelConfig):
     """Settings of `survfuse.models.perceiver.Perceiver`.
 
     Attributes:
@@ -44,14 +39,29 @@ class PerceiverConfig:
             `survfuse.layers.fourier`.
         absorb, backend: of `survfuse.ops.tokens_attend_bag`.
 
+    Presets:
+        "paper", with the number and size of latents, heads and iterations that HEALNet is published
+        with, so that both differ in how they fuse; "imagenet", with the sizes that Jaegle et al.
+        chose for images of 50,176 pixels.
+
     Raises:
         ValueError: names the field, what it was and what it must be.
     """
 
-    PRESETS: ClassVar[tuple[str, ...]] = ("paper", "imagenet")
+    PRESETS: ClassVar[Presets] = {
+        "paper": {},
+        "imagenet": {
+            "depth": 8,
+            "n_latents": 512,
+            "latent_dim": 1024,
+            "latent_blocks": 6,
+            "cross_heads": 1,
+            "latent_head_dim": 128,
+            "expansion": 1,
+            "padding": "zero",
+        },
+    }
 
-    modalities: Mapping[str, ModalityConfig]
-    outputs: Mapping[str, int] = field(default_factory=lambda: {"survival": 4})
     depth: int = 2
     n_latents: int = 25
     latent_dim: int = 119
@@ -73,9 +83,7 @@ class PerceiverConfig:
     absorb: str = "auto"
     backend: str | None = None
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "modalities", parse_modalities(self.modalities))
-        object.__setattr__(self, "outputs", parse_outputs(self.outputs))
+    def _check(self) -> None:
         lows = {"depth": 1, "n_latents": 1, "latent_dim": 1, "cross_heads": 1, "cross_head_dim": 1}
         lows |= {"latent_blocks": 0, "latent_heads": 1, "latent_head_dim": 1, "token_dim": 1}
         check_integers(self, {**lows, "code_dim": 1, "expansion": 1, "fourier_bands": 0})
@@ -85,33 +93,3 @@ class PerceiverConfig:
         check_choice(self, "absorb", ("auto", "always", "never"))
         check_probabilities(self, "attention_dropout", "ff_dropout")
         check_positive(self, "max_frequency")
-        check_backend(self.backend)
-
-    @classmethod
-    def from_preset(
-        cls,
-        name: str,
-        *,
-        modalities: Mapping[str, ModalityConfig | tuple],
-        outputs: Mapping[str, int] | None = None,
-    ) -> PerceiverConfig:
-        """The latents of HEALNet's paper, or those of the Perceiver's.
-
-        Args:
-            name: "paper", with the number and size of latents, heads and iterations that HEALNet is
-                published with, so that both differ in how they fuse; "imagenet", with the sizes
-                that Jaegle et al. chose for images of 50,176 pixels.
-            modalities: a `ModalityConfig` each, or (kind, channels) as `Cohort.channels()` gives.
-            outputs: number of logits by task; by default four time bins of "survival".
-
-        Raises:
-            ValueError: another name.
-        """
-        check_preset(name, cls.PRESETS)
-        outputs = {"survival": 4} if outputs is None else outputs
-        settings: dict[str, Any] = {}
-        if name == "imagenet":
-            settings = {"depth": 8, "n_latents": 512, "latent_dim": 1024, "latent_blocks": 6}
-            settings |= {"cross_heads": 1, "latent_head_dim": 128, "expansion": 1}
-            settings |= {"padding": "zero"}
-        return cls(modalities, outputs, **settings)

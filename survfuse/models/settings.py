@@ -152,12 +152,6 @@ def parse_outputs(outputs: Mapping[str, int]) -> dict[str, int]:
     return dict(outputs)
 
 
-def check_preset(name: str, presets: tuple[str, ...]) -> None:
-    """Raise unless there is such a preset."""
-    if name not in presets:
-        raise ValueError(f"name is {name!r}; it must be one of {list(presets)}")
-
-
 def check_integers(config: Any, lows: Mapping[str, int]) -> None:
     """Raise unless each named field is an integer of at least so much."""
     for name, low in lows.items():
@@ -200,6 +194,13 @@ def check_positive(config: Any, *names: str) -> None:
         check_number(config, name)
         if not getattr(config, name) > 0:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be greater than 0")
+
+
+def check_not_negative(config: Any, name: str) -> None:
+    """Raise unless the field is at least 0."""
+    check_number(config, name)
+    if not getattr(config, name) >= 0:
+        raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 0")
 
 
 def check_flags(config: Any, *names: str) -> None:

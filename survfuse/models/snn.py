@@ -8,7 +8,7 @@ whole slide images", ICCV 2021; the presets "released" have the sizes of that pa
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -17,22 +17,15 @@ from torch import Tensor, nn
 from survfuse.batch import Modality, ModelOutput
 from survfuse.layers.self_normalizing_network import SelfNormalizingNetwork
 from survfuse.models.base import FusionModel
+from survfuse.models.config import ModelConfig, Presets
 from survfuse.models.encoders import is_vector
 from survfuse.models.heads import TaskHeads
 from survfuse.models.inputs import encode_inputs
-from survfuse.models.settings import (
-    ModalityConfig,
-    check_choice,
-    check_preset,
-    check_probabilities,
-    check_widths,
-    parse_modalities,
-    parse_outputs,
-)
+from survfuse.models.settings import check_choice, check_probabilities, check_widths
 
 
 @dataclass(frozen=True)
-class SNNConfig:
+class SNNConfig(ModelConfig):
     """Settings of `SNN`.
 
     Attributes:
@@ -42,21 +35,24 @@ class SNNConfig:
         activation: "selu", or "elu" as the public code of the baseline has it.
         dropout: probability of alpha dropout behind every layer.
 
+    Presets:
+        "paper"; "released", four layers and ELU; "released:big", with wider ones.
+
     Raises:
         ValueError: names the field, what it was and what it must be.
     """
 
-    PRESETS: ClassVar[tuple[str, ...]] = ("paper", "released", "released:big")
+    PRESETS: ClassVar[Presets] = {
+        "paper": {},
+        "released": {"widths": (256,) * 4, "activation": "elu"},
+        "released:big": {"widths": (1024, 1024, 1024, 256), "activation": "elu"},
+    }
 
-    modalities: Mapping[str, ModalityConfig]
-    outputs: Mapping[str, int] = field(default_factory=lambda: {"survival": 4})
     widths: tuple[int, ...] = (256, 256)
     activation: str = "selu"
     dropout: float = 0.25
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "modalities", parse_modalities(self.modalities))
-        object.__setattr__(self, "outputs", parse_outputs(self.outputs))
+    def _check(self) -> None:
         for name, modality in self.modalities.items():
             if modality.kind != "table":
                 raise ValueError(
@@ -71,26 +67,6 @@ class SNNConfig:
         check_widths(self, "widths")
         check_choice(self, "activation", ("selu", "elu"))
         check_probabilities(self, "dropout")
-
-    @classmethod
-    def from_preset(
-        cls,
-        name: str,
-        *,
-        modalities: Mapping[str, ModalityConfig | tuple],
-        outputs: Mapping[str, int] | None = None,
-    ) -> SNNConfig:
-        """The preset "paper", or "released", four layers and ELU; "released:big" has wider ones.
-
-        Raises:
-            ValueError: another name, or a modality that is no table.
-        """
-        check_preset(name, cls.PRESETS)
-        outputs = {"survival": 4} if outputs is None else outputs
-        if name == "paper":
-            return cls(modalities, outputs)
-        widths = (1024, 1024, 1024, 256) if name == "released:big" else (256,) * 4
-        return cls(modalities, outputs, widths=widths, activation="elu")
 
 
 class SNN(FusionModel):

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from survfuse.models.config import ModelConfig, Presets
 from survfuse.models.gene_tokens import gene_groups
 from survfuse.models.settings import (
-    ModalityConfig,
     check_choice,
     check_flags,
     check_integers,
-    check_number,
+    check_not_negative,
     check_positive,
-    check_preset,
     check_probabilities,
-    parse_modalities,
-    parse_outputs,
 )
-from survfuse.ops.backends import check_backend
 
 BRANCHES = ("tumor", "microenvironment")
 
+RELEASED_ARITHMETIC: dict[str, Any] = {
+    "layout": "fixed",
+    "consistency": "released",
+    "released": True,
+}
+
 
 @dataclass(frozen=True)
-class SubspaceFusionConfig:
+class SubspaceFusionConfig(ModelConfig):
     """Everything a `SubspaceFusion` is built from; `asdict` and the constructor round-trip.
 
     Attributes:
@@ -59,14 +60,16 @@ class SubspaceFusionConfig:
         released: the attention's arithmetic is that of the public code; with layout "fixed" only.
         backend: of the operations; None for the fastest.
 
+    Presets:
+        "paper": the released sizes on slides at their true places, with the consistency of offsets.
+        "released": 50 x 50 maps of 2500 patches and the released arithmetic.
+
     Raises:
         ValueError: names the field, what it was and what it must be.
     """
 
-    PRESETS: ClassVar[tuple[str, ...]] = ("paper", "released")
+    PRESETS: ClassVar[Presets] = {"paper": {}, "released": RELEASED_ARITHMETIC}
 
-    modalities: Mapping[str, ModalityConfig]
-    outputs: Mapping[str, int] = field(default_factory=lambda: {"survival": 4})
     tumor: tuple[str, ...] = ("tumor",)
     microenvironment: tuple[str, ...] = ("microenvironment",)
     dim: int = 128
@@ -93,9 +96,7 @@ class SubspaceFusionConfig:
     released: bool = False
     backend: str | None = None
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "modalities", parse_modalities(self.modalities))
-        object.__setattr__(self, "outputs", parse_outputs(self.outputs))
+    def _check(self) -> None:
         self._check_groups()
         lows = {"dim": 4, "heads": 1, "dim_head": 1, "downsample": 1, "pool_width": 1}
         check_integers(self, lows | {"map_side": 1, "table_size": 2})
@@ -112,13 +113,8 @@ class SubspaceFusionConfig:
         check_choice(self, "layout", ("grid", "square", "fixed"))
         check_choice(self, "without_coords", ("error", "square"))
         check_choice(self, "consistency", ("offsets", "released", "none"))
-        check_number(self, "consistency_weight")
-        if self.consistency_weight < 0:
-            raise ValueError(
-                f"consistency_weight is {self.consistency_weight}; it must be at least 0"
-            )
+        check_not_negative(self, "consistency_weight")
         check_flags(self, "released")
-        check_backend(self.backend)
         for name in ("released", "consistency"):
             if getattr(self, name) in (True, "released") and self.layout != "fixed":
                 raise ValueError(
@@ -202,38 +198,3 @@ class SubspaceFusionConfig:
             # genes of two groups are read once, in the order in which they come
             columns.setdefault(table, {}).update(dict.fromkeys(own))
         return {table: tuple(own) for table, own in columns.items()}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings and dicts, as JSON and YAML hold them."""
-        return asdict(self)
-
-    @classmethod
-    def from_preset(
-        cls,
-        name: str,
-        *,
-        modalities: Mapping[str, ModalityConfig | tuple],
-        outputs: Mapping[str, int] | None = None,
-    ) -> SubspaceFusionConfig:
-        """The configuration of the paper's model, or of the released code.
-
-        Args:
-            name: "paper": the released sizes on slides at their true places, with the consistency
-                of offsets. "released": 50 x 50 maps of 2500 patches and the released arithmetic.
-            modalities: a `ModalityConfig` each, or (kind, channels) as `Cohort.channels()` gives.
-            outputs: number of logits by task; by default four time bins of "survival".
-
-        Raises:
-            ValueError: an unknown preset, or modalities that are not as above.
-        """
-        check_preset(name, cls.PRESETS)
-        outputs = {"survival": 4} if outputs is None else outputs
-        settings = {} if name == "paper" else RELEASED_ARITHMETIC
-        return cls(modalities, outputs, **settings)
-
-
-RELEASED_ARITHMETIC: dict[str, Any] = {
-    "layout": "fixed",
-    "consistency": "released",
-    "released": True,
-}

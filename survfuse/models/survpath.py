@@ -8,8 +8,8 @@ from that code is listed in docs/models.md.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,25 +21,22 @@ from survfuse.layers.latent_attention import zero_gradients
 from survfuse.layers.projected_attention import PatchProjection
 from survfuse.layers.streaming import RECOMPUTE, stream
 from survfuse.models.base import FusionModel, evaluating
+from survfuse.models.config import ModelConfig, Presets
 from survfuse.models.heads import TaskHeads
 from survfuse.models.inputs import Tokens, encode_inputs, token_width
 from survfuse.models.patches_and_genes import (
     GeneSide,
+    check_gene_side,
     check_heads,
     check_piece_rows,
     patch_modality,
     weights_by_group,
 )
 from survfuse.models.settings import (
-    ModalityConfig,
     check_choice,
     check_flags,
     check_integers,
-    check_preset,
     check_probabilities,
-    check_widths,
-    parse_modalities,
-    parse_outputs,
 )
 from survfuse.ops import (
     cross_attention,
@@ -47,14 +44,14 @@ from survfuse.ops import (
     cross_attention_with_lse,
     merge_attention,
 )
-from survfuse.ops.backends import check_backend, plain_backend
+from survfuse.ops.backends import plain_backend
 from survfuse.ragged import Ragged
 
 __all__ = ["SurvPath", "SurvPathConfig"]
 
 
 @dataclass(frozen=True)
-class SurvPathConfig:
+class SurvPathConfig(ModelConfig):
     """Settings of `SurvPath`.
 
     Attributes:
@@ -74,14 +71,15 @@ class SurvPathConfig:
         piece_rows: patches of a piece; None for what suits the device.
         backend: of the ops; None for the fastest that can serve the call.
 
+    Presets:
+        "paper"; "released" (ELU where the paper has a self-normalising network).
+
     Raises:
         ValueError: names the field, what it was and what it must be.
     """
 
-    PRESETS: ClassVar[tuple[str, ...]] = ("paper", "released")
+    PRESETS: ClassVar[Presets] = {"paper": {}, "released": {"gene_activation": "elu"}}
 
-    modalities: Mapping[str, ModalityConfig]
-    outputs: Mapping[str, int] = field(default_factory=lambda: {"survival": 4})
     dim: int = 256
     inner_dim: int = 128
     heads: int = 1
@@ -95,41 +93,14 @@ class SurvPathConfig:
     piece_rows: int | None = None
     backend: str | None = None
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "modalities", parse_modalities(self.modalities))
-        object.__setattr__(self, "outputs", parse_outputs(self.outputs))
-        patch_modality(self.modalities, "SurvPath")
+    def _check(self) -> None:
+        check_gene_side(self, "SurvPath")
         check_integers(self, {"dim": 1, "inner_dim": 1, "heads": 1, "hidden": 1})
         check_heads(self, "inner_dim", "heads")
-        check_widths(self, "gene_widths")
-        check_choice(self, "gene_activation", ("selu", "elu"))
-        check_probabilities(self, "gene_dropout", "dropout")
+        check_probabilities(self, "dropout")
         check_flags(self, "shared_qkv")
         check_choice(self, "recompute", RECOMPUTE)
         check_piece_rows(self)
-        check_backend(self.backend)
-
-    @classmethod
-    def from_preset(
-        cls,
-        name: str,
-        *,
-        modalities: Mapping[str, ModalityConfig | tuple],
-        outputs: Mapping[str, int] | None = None,
-    ) -> SurvPathConfig:
-        """The configuration of the paper or of the public code.
-
-        Args:
-            name: "paper", or "released" (ELU where the paper has a self-normalising network).
-            modalities: a `ModalityConfig` each, or (kind, channels) and a table's groups.
-            outputs: number of logits by task; by default four time bins.
-
-        Raises:
-            ValueError: an unknown preset, or modalities that are not as above.
-        """
-        check_preset(name, cls.PRESETS)
-        settings: dict[str, Any] = {} if name == "paper" else {"gene_activation": "elu"}
-        return cls(modalities, {"survival": 4} if outputs is None else outputs, **settings)
 
 
 class SurvPath(FusionModel):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -21,26 +21,19 @@ from survfuse.layers.latent_attention import zero_gradients
 from survfuse.layers.nystrom_attention import NystromSelfAttention
 from survfuse.layers.square_convolution import SquareConvolution
 from survfuse.models.base import FusionModel, evaluating
+from survfuse.models.config import ModelConfig, Presets
 from survfuse.models.encoders import check_one_bag
 from survfuse.models.heads import TaskHeads
 from survfuse.models.inputs import PositionEncoding, Tokens, encode_inputs, token_width
-from survfuse.models.settings import (
-    ModalityConfig,
-    check_integers,
-    check_positive,
-    check_preset,
-    check_probabilities,
-    parse_modalities,
-    parse_outputs,
-)
+from survfuse.models.settings import check_integers, check_positive, check_probabilities
 from survfuse.ops import cross_attention_weights, cross_attention_with_lse
-from survfuse.ops.backends import check_backend, plain_backend
+from survfuse.ops.backends import plain_backend
 from survfuse.ops.project_bag import project_bag
 from survfuse.ragged import Ragged
 
 
 @dataclass(frozen=True)
-class TransMILConfig:
+class TransMILConfig(ModelConfig):
     """Settings of `TransMIL`.
 
     Attributes:
@@ -60,10 +53,8 @@ class TransMILConfig:
         ValueError: names the field, what it was and what it must be.
     """
 
-    PRESETS: ClassVar[tuple[str, ...]] = ("paper",)
+    PRESETS: ClassVar[Presets] = {"paper": {}}
 
-    modalities: Mapping[str, ModalityConfig]
-    outputs: Mapping[str, int] = field(default_factory=lambda: {"survival": 4})
     dim: int = 512
     heads: int = 8
     head_dim: int = 64
@@ -75,9 +66,7 @@ class TransMILConfig:
     max_frequency: float = 2.0
     backend: str | None = None
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "modalities", parse_modalities(self.modalities))
-        object.__setattr__(self, "outputs", parse_outputs(self.outputs))
+    def _check(self) -> None:
         check_one_bag("TransMIL", self.modalities)
         lows = {"dim": 1, "heads": 1, "head_dim": 1, "landmarks": 1, "iterations": 1}
         check_integers(self, {**lows, "residual_kernel": 1, "fourier_bands": 0})
@@ -85,23 +74,6 @@ class TransMILConfig:
             raise ValueError(f"residual_kernel is {self.residual_kernel}; it must be odd")
         check_probabilities(self, "dropout")
         check_positive(self, "max_frequency")
-        check_backend(self.backend)
-
-    @classmethod
-    def from_preset(
-        cls,
-        name: str,
-        *,
-        modalities: Mapping[str, ModalityConfig | tuple],
-        outputs: Mapping[str, int] | None = None,
-    ) -> TransMILConfig:
-        """The one preset, "paper".
-
-        Raises:
-            ValueError: another name, or modalities that are not one bag or graph.
-        """
-        check_preset(name, cls.PRESETS)
-        return cls(modalities, {"survival": 4} if outputs is None else outputs)
 
 
 class Squares(NamedTuple):

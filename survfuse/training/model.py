@@ -43,7 +43,7 @@ def build_model(config: TrainConfig, prepared: PreparedCohort) -> torch.nn.Modul
     kind = model.config_class
     try:
         preset = kind.from_preset(
-            (config.model.preset or kind.PRESETS[0]).lower(),
+            (config.model.preset or next(iter(kind.PRESETS))).lower(),
             modalities=_modalities(prepared),
             outputs=outputs,
         )

@@ -91,7 +91,7 @@ def build(case: Case, **changes: Any) -> FusionModel:
     torch.manual_seed(0)
     cls = model_class(case.model)
     settings = {**case.settings, **changes}
-    preset = cls.config_class.PRESETS[0]
+    preset = next(iter(cls.config_class.PRESETS))
     return cls.from_preset(preset, modalities=case.modalities, outputs=OUTPUTS, **settings)
 
 

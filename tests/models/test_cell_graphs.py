@@ -85,7 +85,7 @@ def middles(files) -> GraphBatch:
 def build(name: str) -> FusionModel:
     modalities = {"cells": CELLS} | ({} if name in ALONE else GENES)
     cls = model_class(name)
-    preset = cls.config_class.PRESETS[0]
+    preset = next(iter(cls.config_class.PRESETS))
     return cls.from_preset(preset, modalities=modalities, **SETTINGS[name]).double().eval()
 
 

@@ -97,4 +97,4 @@ def test_a_table_needs_a_column() -> None:
 
 
 def case_preset(name: str) -> str:
-    return model_class(name).config_class.PRESETS[0]
+    return next(iter(model_class(name).config_class.PRESETS))

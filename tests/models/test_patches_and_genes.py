@@ -213,7 +213,7 @@ def test_wrong_modalities_are_refused(cls) -> None:
 @each_model
 def test_presets_and_settings(cls) -> None:
     assert model_class(cls.__name__.lower()) is cls
-    presets = cls.config_class.PRESETS
+    presets = tuple(cls.config_class.PRESETS)
     assert presets[:2] == ("paper", "released")
     for preset in presets:
         config = cls.config_class.from_preset(preset, modalities=MODALITIES, outputs={"cox": 1})
