@@ -61,6 +61,8 @@ class AMMASurvConfig(ModelConfig):
             modality m.
         count_normalised: subtract log n_m from those logits, n_m the number of the modality's keys,
             so that a few genes are not drowned by many patches.
+        gene_temperature: divides the logits of what the genes attend to. Below 1 their attention
+            starts with contrast, which finds few patches among many sooner than the mean of all.
         gate: of the fusion: "scalar", a learned number per modality; or "tokens", which adds a
             linear function of the pooled tokens.
         gate_activation: "softmax" over the modalities a sample has, or "sigmoid" of each.
@@ -103,6 +105,7 @@ class AMMASurvConfig(ModelConfig):
     iterations: int = 6
     learned_importance: bool = True
     count_normalised: bool = True
+    gene_temperature: float = 1.0
     gate: str = "scalar"
     gate_activation: str = "softmax"
     gene_hidden: Sequence[int] = (256,)
@@ -132,7 +135,7 @@ class AMMASurvConfig(ModelConfig):
         check_choice(self, "ff_activation", ("gelu", "selu"))
         dropouts = ("gene_dropout", "attention_dropout", "ff_dropout", "readout_dropout")
         check_probabilities(self, *dropouts)
-        check_positive(self, "max_frequency")
+        check_positive(self, "max_frequency", "gene_temperature")
         check_flags(self, "learned_importance", "count_normalised", "checkpoint")
         check_widths(self, "gene_hidden", least=0)
         object.__setattr__(self, "blocks", _check_blocks(self.blocks, self.depth))

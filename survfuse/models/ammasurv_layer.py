@@ -183,7 +183,12 @@ class AsymmetricLayer(nn.Module):
 
     def heads(self, genes: Tensor) -> Heads:
         """Of the genes; the patches' are formed only where patches attend to patches."""
-        return self.genes.project(self.genes.norm(genes)) if self.genes.norm else Heads(*[None] * 3)
+        if self.genes.norm is None:
+            return Heads(None, None, None)
+        found = self.genes.project(self.genes.norm(genes))
+        if found.query is None or self.config.gene_temperature == 1.0:
+            return found
+        return found._replace(query=found.query / self.config.gene_temperature)
 
     def parts(self, patches: Tensor, genes: Heads, batch: Membership) -> dict[str, dict[str, Part]]:
         """What each side that asks (p, g) got from each side that it asks."""

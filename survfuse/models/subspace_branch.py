@@ -20,6 +20,7 @@ from survfuse.layers.bag_mean import bag_mean
 from survfuse.layers.latent_attention import zero_gradients
 from survfuse.models.subspace_config import SubspaceFusionConfig
 from survfuse.models.subspace_layout import SlideLayout
+from survfuse.models.subspace_pool import GenePool
 from survfuse.ops.project_bag import project_bag
 from survfuse.ragged import Ragged
 
@@ -37,6 +38,16 @@ class BranchOutput(NamedTuple):
     feature: Tensor  # [B, dim]
     patches: Tensor | None  # [total, dim] projected, packed; None without any patch
     attended: DeformableAttended | None
+
+
+class Sides(NamedTuple):
+    """What attends to what in a branch; dense maps as [n, cells, dim]."""
+
+    of_patches: Tensor  # [total, dim]
+    fused: Tensor  # [total, dim] with the genes
+    query: Tensor  # [total, dim]
+    context: Tensor  # [total, dim]
+    where: dict  # the places of both
 
 
 class SubspaceBranch(nn.Module):
@@ -66,10 +77,18 @@ class SubspaceBranch(nn.Module):
         self.absent_genes = nn.Parameter(torch.zeros(dim))
         self.absent_patch = nn.Parameter(torch.zeros(dim))
         self.fuse = nn.Linear(2 * dim, dim)
-        self.norm = nn.LayerNorm(dim)
         self.pooler = nn.Linear(dim, dim)
         self.output = nn.Linear(dim, dim)
-        self.gated_pool = None
+        self.norm = self.gated_pool = self.gene_pool = None
+        if config.pool == "genes":
+            self.gene_pool = GenePool(
+                dim,
+                heads=config.pool_heads,
+                temperature=config.pool_temperature,
+                backend=config.backend,
+            )
+        else:
+            self.norm = nn.LayerNorm(dim)
         if config.bag is not None:
             self._add_patches(config.modalities[config.bag].channels)
 
@@ -93,7 +112,12 @@ class SubspaceBranch(nn.Module):
             backend=config.backend,
         )
         if config.pool == "attention":
-            self.gated_pool = GatedAttentionPool(dim, config.pool_width, backend=config.backend)
+            self.gated_pool = GatedAttentionPool(
+                dim,
+                config.pool_width,
+                temperature=config.pool_temperature,
+                backend=config.backend,
+            )
 
     def encode_genes(self, inputs: Mapping[str, Modality], n_samples: int) -> BranchGenes:
         """The vector of the genes, absent where every table of the branch is.
@@ -130,15 +154,14 @@ class SubspaceBranch(nn.Module):
             slides: places of the patches; None if there are none.
             genes: [B, dim].
         """
-        alone = self.norm(self._of_patches(self.absent_patch) + self._of_genes(genes))  # [B, dim]
+        alone = self._alone(genes)  # [B, dim]
         if slides is None:
-            if self.config.bag is not None:
-                alone = zero_gradients(alone, self._only_with_patches())
+            alone = zero_gradients(alone, self._only_with_patches())
             return BranchOutput(self._feature(alone), None, None)
         patches = self.project_patches(bag, slides)  # [total, dim]
-        fused, sides, where = self._sides(patches, slides, genes)  # [n, cells, dim] if dense
-        attended = self.attention(*sides, **where)
-        pooled = self._pool_samples(self.norm(fused + attended.tokens), slides)  # [B, dim]
+        sides = self._sides(patches, slides, genes)
+        attended = self.attention(sides.query, sides.context, **sides.where)
+        pooled = self._pool_samples(sides, attended.tokens, genes, slides)  # [B, dim]
         there = (slides.stored.lengths > 0)[:, None]
         feature = self._feature(torch.where(there, pooled, alone))  # [B, dim]
         return BranchOutput(feature, patches, attended)
@@ -151,25 +174,43 @@ class SubspaceBranch(nn.Module):
 
     def received(self, patches: Tensor, slides: SlideLayout, genes: Tensor) -> Tensor:
         """The attention each patch receives, [total]; its sum over a slide is 1 (or 0)."""
-        _, sides, where = self._sides(patches, slides, genes)
-        received = self.attention.received(*sides, **where)
-        if slides.index is not None:
-            # what a repeated patch receives in all its cells
-            total = received.new_zeros(slides.packed.total)
-            received = total.index_add_(0, slides.index.flatten(), received.flatten())
-        return _shares(received, slides)
+        sides = self._sides(patches, slides, genes)
+        received = self.attention.received(sides.query, sides.context, **sides.where)
+        return _shares(_of_stored(received, slides), slides)
 
-    def _pool_samples(self, tokens: Tensor, slides: SlideLayout) -> Tensor:
-        """[B, dim] of tokens; what a sample without a slide gets is not used."""
+    def pool_weights(self, patches: Tensor, slides: SlideLayout, genes: Tensor) -> Tensor | None:
+        """The weight of each patch in the pool, [total]; None where all weigh the same."""
+        if self.gated_pool is None and self.gene_pool is None:
+            return None
+        sides = self._sides(patches, slides, genes)
+        attended = self.attention(sides.query, sides.context, **sides.where).tokens
+        ragged = slides.packed if slides.index is None else None
+        if self.gene_pool is not None:
+            genes = genes if ragged is not None else genes[slides.samples]
+            weights = self.gene_pool.weights(genes, sides.of_patches, attended, ragged)
+        else:
+            tokens = self.norm(sides.fused + attended)
+            weights = self.gated_pool.weights(tokens, ragged, reduce="rows")
+        return _of_stored(weights, slides)
+
+    def _alone(self, genes: Tensor) -> Tensor:
+        """[B, dim] of samples without patches."""
+        patch = self._of_patches(self.absent_patch)  # [dim]
+        if self.gene_pool is not None:
+            return self.gene_pool.alone(genes, patch)
+        return self.norm(patch + self._of_genes(genes))
+
+    def _pool_samples(
+        self, sides: Sides, attended: Tensor, genes: Tensor, slides: SlideLayout
+    ) -> Tensor:
+        """[B, dim] of all patches; what a sample without a slide gets is not used."""
         if slides.index is None:
-            return self._pool(tokens, ragged=slides.packed)
-        rows = self._pool(tokens)  # [n, dim]
+            return self._pool(sides, attended, genes, slides.packed)
+        rows = self._pool(sides, attended, genes[slides.samples])  # [n, dim]
         everyone = rows.new_zeros(slides.stored.n_bags, rows.shape[1])
         return everyone.index_copy(0, slides.samples, rows)
 
-    def _sides(
-        self, patches: Tensor, slides: SlideLayout, genes: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, Tensor], dict]:
+    def _sides(self, patches: Tensor, slides: SlideLayout, genes: Tensor) -> Sides:
         """Fused tokens, what attends to what, and where both lie."""
         of_genes = self._of_genes(genes)  # [B, dim]
         if slides.index is None:
@@ -180,10 +221,11 @@ class SubspaceBranch(nn.Module):
             patches = patches[slides.index]  # [n, cells, dim]
             of_genes = of_genes[slides.samples, None]  # [n, 1, dim]
             where = {"shape": (self.config.map_side,) * 2}
-        fused = self._of_patches(patches) + of_genes
+        of_patches = self._of_patches(patches)
+        fused = of_patches + of_genes
         query, context = self.attention_norm(fused), self.attention_norm(patches)
         # under autocast the patches are wider, which were projected outside of it
-        return fused, (query, context.to(query.dtype)), where
+        return Sides(of_patches, fused, query, context.to(query.dtype), where)
 
     def _of_patches(self, patches: Tensor) -> Tensor:
         """The patches' part of `W [patch, genes] + b`; no pair of both is ever formed."""
@@ -192,7 +234,13 @@ class SubspaceBranch(nn.Module):
     def _of_genes(self, genes: Tensor) -> Tensor:
         return functional.linear(genes, self.fuse.weight[:, self.config.dim :], self.fuse.bias)
 
-    def _pool(self, tokens: Tensor, ragged: Ragged | None = None) -> Tensor:
+    def _pool(
+        self, sides: Sides, attended: Tensor, genes: Tensor, ragged: Ragged | None = None
+    ) -> Tensor:
+        """One row per bag or dense map, each with its genes."""
+        if self.gene_pool is not None:
+            return self.gene_pool(genes, sides.of_patches, attended, ragged)
+        tokens = self.norm(sides.fused + attended)
         if self.gated_pool is not None:
             return self.gated_pool(tokens, ragged)[:, 0]
         if ragged is None:
@@ -203,9 +251,19 @@ class SubspaceBranch(nn.Module):
         return self.output(torch.tanh(self.pooler(pooled)))  # [B, dim]
 
     def _only_with_patches(self) -> list[Tensor]:
-        used = [self.project, self.attention_norm, self.attention]
+        used = [self.fuse]
+        if self.config.bag is not None:
+            used += [self.project, self.attention_norm, self.attention]
         used += [] if self.gated_pool is None else [self.gated_pool]
         return [parameter for module in used for parameter in module.parameters()]
+
+
+def _of_stored(values: Tensor, slides: SlideLayout) -> Tensor:
+    """[total] of values of tokens: what a repeated patch has in all its cells."""
+    if slides.index is None:
+        return values
+    total = values.new_zeros(slides.packed.total)
+    return total.index_add_(0, slides.index.flatten(), values.flatten())
 
 
 def _shares(received: Tensor, slides: SlideLayout) -> Tensor:

@@ -38,11 +38,12 @@ class SubspaceFusion(FusionModel):
 
         h = W [P, g] + b
         x = h + deformable_attention(LN h, LN P)
-        feature = W_o tanh(W_p mean(LN x) + b_p) + b_o
+        feature = W_o tanh(W_p pool(LN x) + b_p) + b_o
 
-    The queries are fused tokens, so a branch's genes decide where its patches look. What is the
-    tumour's and what its microenvironment's is decided by the two lists of genes alone: no loss
-    tells the branches apart. The auxiliary losses are the gene-guided consistency of each branch.
+    The queries are fused tokens, so a branch's genes decide where its patches look. The pool is the
+    mean, or weighs patches by gated attention or by the attention of the genes (`GenePool`). What
+    is the tumour's and what its microenvironment's is decided by the two lists of genes alone: no
+    loss tells the branches apart. The auxiliary losses are the gene-guided consistency of each branch.
 
     Genes that are absent for a sample are replaced by a learned vector, so that its patches are
     still fused; a slide that is absent by one learned patch that attends to nothing, so that its
@@ -179,8 +180,9 @@ class SubspaceFusion(FusionModel):
         sampling weighs them.
 
         Returns:
-            By bag and branch, weights [total] in batch order; a sample's sum to 1, and are 0 where
-            it lacks the slide or all of its points lie beside the tissue.
+            By bag and branch ("tumor"), and by the branch's pool ("tumor pool") unless that is the
+            mean, weights [total] in batch order; a sample's sum to 1, and are 0 where it lacks the
+            slide or, in a branch, all of its points lie beside the tissue.
         """
         found: dict[str, Tensor] = {}
         with evaluating(self):
@@ -190,6 +192,9 @@ class SubspaceFusion(FusionModel):
                 patches = branch.project_patches(self._bag(inputs, slides), slides)
                 received = branch.received(patches, slides, genes)
                 found[name] = self._of_batch(received, inputs, slides)
+                weights = branch.pool_weights(patches, slides, genes)
+                if weights is not None:
+                    found[f"{name} pool"] = self._of_batch(weights, inputs, slides)
         return {self.config.bag: found} if found else {}
 
     def patch_maps(

@@ -20,6 +20,8 @@ LENGTHS = [40, 1, 23]
 CONFIGS = {
     "paper": {},
     "gated": {"pool": "attention", "pool_width": 5},
+    "genes ask": {"pool": "genes", "pool_heads": 2, "pool_temperature": 0.5},
+    "genes ask maps": {"pool": "genes", "layout": "fixed", "map_side": 6},
     "table": {"bias": "table", "table_size": 16, "downsample": 3, "offset_scale": 1.5},
     "square": {"layout": "square"},
     "fixed": {"layout": "fixed", "map_side": 6},

@@ -48,6 +48,7 @@ SETTINGS = {
     "plain softmax": {"learned_importance": False, "count_normalised": False},
     "counts": {"learned_importance": False},
     "importance": {"count_normalised": False},
+    "contrast of the genes' attention": {"gene_temperature": 0.2},
     "gates of tokens": {"gate": "tokens", "gate_activation": "sigmoid"},
     "per layer": {"blocks": [["pp", "gg"], ["gp"], []], "depth": 3, "gate": "tokens"},
 }

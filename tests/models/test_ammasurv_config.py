@@ -39,6 +39,7 @@ WRONG = [
     ({"blocks": [["pp"], "gg"]}, "it must hold some of"),
     ({"blocks": [["pp"]]}, "blocks holds 1 layers and depth is 2; they must be equal"),
     ({"patch_attention_kind": "flash"}, "patch_attention_kind is 'flash'"),
+    ({"gene_temperature": 0.0}, "gene_temperature is 0.0; it must be greater than 0"),
     ({"gate": "none"}, "gate is 'none'"),
     ({"gate_activation": "relu"}, "gate_activation is 'relu'"),
     ({"gene_hidden": 5}, "gene_hidden is 5; it must hold integers"),

@@ -120,7 +120,7 @@ def test_an_empty_bag_is_an_absent_one_and_a_denied_bag_too() -> None:
         assert found[:40].any()
 
 
-@pytest.mark.parametrize("pool", ["mean", "attention"])
+@pytest.mark.parametrize("pool", ["mean", "attention", "genes"])
 def test_order_of_patches_and_ranges_do_not_matter(pool: str) -> None:
     model, inputs = SubspaceFusion(small(pool=pool)).eval(), batch()
     bag = inputs["slides"]
