@@ -43,7 +43,8 @@ class SubspaceFusion(FusionModel):
     The queries are fused tokens, so a branch's genes decide where its patches look. The pool is the
     mean, or weighs patches by gated attention or by the attention of the genes (`GenePool`). What
     is the tumour's and what its microenvironment's is decided by the two lists of genes alone: no
-    loss tells the branches apart. The auxiliary losses are the gene-guided consistency of each branch.
+    loss tells the branches apart. The auxiliary losses are the gene-guided consistency of each
+    branch.
 
     Genes that are absent for a sample are replaced by a learned vector, so that its patches are
     still fused; a slide that is absent by one learned patch that attends to nothing, so that its
