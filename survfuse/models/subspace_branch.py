@@ -84,6 +84,7 @@ class SubspaceBranch(nn.Module):
             self.gene_pool = GenePool(
                 dim,
                 heads=config.pool_heads,
+                head_dim=config.pool_head_dim,
                 temperature=config.pool_temperature,
                 backend=config.backend,
             )

@@ -44,8 +44,9 @@ class SubspaceFusionConfig(ModelConfig):
             `survfuse.layers.DeformableCrossAttention`.
         attention_dropout: probability with which one of its weights is dropped.
         pool: "mean" over the patches (released); "attention", gated, of `pool_width` units; or
-            "genes", of `pool_heads` heads, where the branch's genes ask the patches and what these
-            attended to: there the genes are fused with what they find and not with every patch.
+            "genes", of `pool_heads` heads of `pool_head_dim`, where the branch's genes ask the
+            patches and what these attended to: there the genes are fused with what they find and
+            not with every patch. Every head is a question; rare patches need several.
         pool_temperature: divides the logits of "attention" and "genes". Below 1 a fresh pool
             already tells patches apart, which finds rare ones sooner.
         layout: "grid" puts patches at their coordinates; "square" row by row on a nearly square map
@@ -91,7 +92,8 @@ class SubspaceFusionConfig(ModelConfig):
     corners: str = "zero"
     pool: str = "mean"
     pool_width: int = 128
-    pool_heads: int = 4
+    pool_heads: int = 8
+    pool_head_dim: int = 8
     pool_temperature: float = 1.0
     layout: str = "grid"
     without_coords: str = "error"
@@ -105,7 +107,8 @@ class SubspaceFusionConfig(ModelConfig):
     def _check(self) -> None:
         self._check_groups()
         lows = {"dim": 4, "heads": 1, "dim_head": 1, "downsample": 1, "pool_width": 1}
-        check_integers(self, lows | {"map_side": 1, "table_size": 2, "pool_heads": 1})
+        lows |= {"pool_heads": 1, "pool_head_dim": 1}
+        check_integers(self, lows | {"map_side": 1, "table_size": 2})
         for name in ("offset_groups", "kernel_size"):
             if getattr(self, name) is not None:
                 check_integers(self, {name: 1})
@@ -117,10 +120,6 @@ class SubspaceFusionConfig(ModelConfig):
         check_choice(self, "corners", ("zero", "renormalise"))
         check_choice(self, "pool", ("mean", "attention", "genes"))
         check_positive(self, "pool_temperature")
-        if self.pool == "genes" and self.dim % self.pool_heads:
-            raise ValueError(
-                f"pool_heads is {self.pool_heads}; it must divide dim, which is {self.dim}"
-            )
         check_choice(self, "layout", ("grid", "square", "fixed"))
         check_choice(self, "without_coords", ("error", "square"))
         check_choice(self, "consistency", ("offsets", "released", "none"))

@@ -20,13 +20,19 @@ class GenePool(nn.Module):
 
     Args:
         dim: width of genes, of patches and of the result.
-        heads: of the attention, which divide `dim`.
+        heads, head_dim: of the attention.
         temperature: divides its logits.
         backend: of `survfuse.ops.tokens_attend_bag`.
     """
 
     def __init__(
-        self, dim: int, *, heads: int, temperature: float, backend: str | None = None
+        self,
+        dim: int,
+        *,
+        heads: int,
+        head_dim: int,
+        temperature: float,
+        backend: str | None = None,
     ) -> None:
         super().__init__()
         self.patch_norm = nn.LayerNorm(dim)
@@ -35,7 +41,7 @@ class GenePool(nn.Module):
             dim,
             2 * dim,
             heads=heads,
-            head_dim=dim // heads,
+            head_dim=head_dim,
             temperature=temperature,
             backend=backend,
         )

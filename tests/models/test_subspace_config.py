@@ -46,7 +46,7 @@ def test_round_trip() -> None:
         ({"gene_dropout": 1.0}, "gene_dropout is 1.0"),
         ({"pool": "max"}, r"pool is 'max'; it must be one of \['mean', 'attention', 'genes'\]"),
         ({"pool_temperature": 0}, "pool_temperature is 0; it must be greater than 0"),
-        ({"pool": "genes", "pool_heads": 3}, "pool_heads is 3; it must divide dim, which is 16"),
+        ({"pool": "genes", "pool_heads": 0}, "pool_heads is 0; it must be an integer of at least"),
         ({"layout": "map"}, "layout is 'map'"),
         ({"without_coords": "guess"}, "without_coords is 'guess'"),
         ({"bias": "none"}, "bias is 'none'"),
