@@ -13,7 +13,7 @@ from torch import Tensor
 
 from survfuse.data.atomic import atomic_path
 
-FORMAT = 2
+FORMAT = 3
 
 
 class CheckpointError(RuntimeError):
@@ -31,6 +31,7 @@ class EarlyStopping:
         higher_is_better: the watched number is a C-index or the like, not a loss.
         best: best value seen; None before the first epoch.
         best_epoch: its epoch, counted from 1.
+        last: value of the epoch before.
         waited: epochs since then.
         weights: a copy of the parameters of that epoch, on the CPU.
     """
@@ -39,6 +40,7 @@ class EarlyStopping:
     higher_is_better: bool
     best: float | None = None
     best_epoch: int = 0
+    last: float | None = None
     waited: int = 0
     weights: dict[str, Tensor] | None = None
 
@@ -47,10 +49,8 @@ class EarlyStopping:
 
         A NaN never counts as an improvement, so it can only run the patience down.
         """
-        better = self.best is None or (
-            value > self.best if self.higher_is_better else value < self.best
-        )
-        if better and value == value:
+        self.last = float(value)
+        if self.is_better(value, self.best):
             self.best, self.best_epoch, self.waited = float(value), epoch, 0
             # a reference would follow the weights as they train on
             self.weights = {
@@ -61,10 +61,17 @@ class EarlyStopping:
             self.waited += 1
         return self.patience is not None and self.waited >= self.patience
 
+    def is_better(self, value: float, than: float | None) -> bool:
+        """Whether a value is an improvement; a NaN never is, and any other is one over None."""
+        if value != value:
+            return False
+        return than is None or (value > than if self.higher_is_better else value < than)
+
     def state(self) -> dict[str, Any]:
         return {
             "best": self.best,
             "best_epoch": self.best_epoch,
+            "last": self.last,
             "waited": self.waited,
             "weights": self.weights,
         }
@@ -72,6 +79,7 @@ class EarlyStopping:
     def restore(self, state: dict[str, Any]) -> None:
         self.best = state["best"]
         self.best_epoch = state["best_epoch"]
+        self.last = state["last"]
         self.waited = state["waited"]
         self.weights = state["weights"]
 

@@ -306,6 +306,8 @@ class TrainingConfig:
             weighted sum), "c_index", or the name of a class task: the AUC of classes, the quadratic
             kappa of levels.
         seeds: one whole run (every fold) per seed.
+        restarts: trainings of every fold, each from other initial weights; the one with the best
+            `metric` on the validation rows, at the weights to be evaluated, is kept.
         device: "auto" takes CUDA where there is one.
         threads: CPU threads; None takes torch's own number. Small models gain
             nothing from more than one, and lose much on a busy machine.
@@ -323,6 +325,7 @@ class TrainingConfig:
     patience: int | None = 5
     metric: str = "loss"
     seeds: tuple[int, ...] = (1,)
+    restarts: int = 1
     device: str = "auto"
     threads: int | None = None
     checkpoint_steps: int | None = None

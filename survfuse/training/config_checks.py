@@ -64,6 +64,11 @@ def check(config: TrainConfig) -> None:
             f"training.seeds is {list(config.training.seeds)} and protocol.fold_seed "
             f"{config.protocol.fold_seed}; a seed must be at least 0"
         )
+    if config.training.restarts > 1 and config.protocol.validation == "none":
+        raise ValueError(
+            f'training.restarts is {config.training.restarts} and protocol.validation "none"; '
+            "without validation rows nothing tells which restart to keep: it must be 1"
+        )
     if len(set(config.training.seeds)) != len(config.training.seeds):
         raise ValueError(f"training.seeds is {list(config.training.seeds)}; seeds must differ")
 
@@ -245,6 +250,7 @@ def _check_numbers(config: TrainConfig) -> None:
         ("protocol.n_bins", config.protocol.n_bins, 2),
         ("protocol.min_inner_events", config.protocol.min_inner_events, 1),
         ("training.epochs", training.epochs, 1),
+        ("training.restarts", training.restarts, 1),
         ("training.batch_size", training.batch_size, 1),
         ("training.accumulate", training.accumulate, 1),
         ("training.patience", training.patience, 1),

@@ -71,6 +71,12 @@ class FoldResult:
     epochs: int
     best_epoch: int | None
     evaluated: str  # "best" or "last"
+    validation: float | None  # the watched metric of these weights; None without validation rows
+
+
+def higher_is_better(config: TrainConfig) -> bool:
+    """Whether the watched metric grows as a model improves."""
+    return config.training.metric != "loss"
 
 
 def train_fold(task: FoldTask) -> FoldResult:
@@ -83,7 +89,7 @@ def train_fold(task: FoldTask) -> FoldResult:
     stopping = EarlyStopping(
         # without validation rows there is nothing to watch: a fixed number of epochs
         config.training.patience if len(task.validation) else None,
-        higher_is_better=config.training.metric != "loss",
+        higher_is_better=higher_is_better(config),
     )
     state = _LoopState(task, stopping)
     if task.folder.checkpoint.is_file():
@@ -110,6 +116,7 @@ def train_fold(task: FoldTask) -> FoldResult:
         epochs=progress.epoch,
         best_epoch=stopping.best_epoch if stopping.weights is not None else None,
         evaluated="best" if use_best else "last",
+        validation=stopping.best if use_best else stopping.last,
     )
 
 

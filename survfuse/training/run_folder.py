@@ -7,7 +7,7 @@ run/
   predictions.csv .json one row per seed, fold and row, test and training rows
   report.json .md       figures/
   folds/seed1-fold0/    weights.pt, preprocessing.json, predictions.csv and .json, done.json;
-                        checkpoint.pt while the fold is being trained
+                        checkpoint.pt (restart0/... with training.restarts) while it is trained
   baselines/<name>/     a run folder for every baseline
   missing.json .md      missing/<design>/predictions: test rows with modalities withheld
 """
@@ -20,6 +20,7 @@ import json
 import math
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -46,6 +47,10 @@ class FoldFolder:
     def create(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
 
+    def restart(self, number: int) -> FoldFolder:
+        """Files of one of several trainings, of which the fold keeps one; gone once it has."""
+        return FoldFolder(self.path / f"restart{number}")
+
     @property
     def done(self) -> dict[str, Any] | None:
         """What `finish` recorded, or None while the fold is not over."""
@@ -54,7 +59,13 @@ class FoldFolder:
     def finish(self, record: dict[str, Any]) -> None:
         """Mark the fold as over. Everything else of it must already be on disk."""
         write_json(self._done, record)
+        self.remove_temporary()
+
+    def remove_temporary(self) -> None:
+        """Delete what is needed only until the fold is over."""
         self.checkpoint.unlink(missing_ok=True)
+        for restart in self.path.glob("restart*"):
+            shutil.rmtree(restart)
 
 
 class RunFolder:

@@ -17,7 +17,7 @@ from survfuse.training.checkpoint import load_checkpoint, save_tensors
 from survfuse.training.config import TrainConfig
 from survfuse.training.folds import FoldPlan
 from survfuse.training.linear import development_rows, fit_cox
-from survfuse.training.loop import FoldTask, train_fold
+from survfuse.training.loop import FoldTask, higher_is_better, train_fold
 from survfuse.training.model import NEURAL, build_model
 from survfuse.training.predictions import (
     Scored,
@@ -62,8 +62,8 @@ def run_folds(
         files = folder.fold(plan.seed, plan.fold)
         record = files.done
         if record is not None:
-            # killed after the fold was marked as done, before its checkpoint was gone
-            files.checkpoint.unlink(missing_ok=True)
+            # killed after the fold was marked as done, before its temporary files were gone
+            files.remove_temporary()
             kept = max(kept, record["metrics_bytes"])
             continue
         files.create()
@@ -110,26 +110,7 @@ def _run_fold(
     write_json(files.preprocessing, prepared.state)
     development = development_rows(config, plan.split)
     if config.model.name in NEURAL:
-        seed = fold_seed(plan.seed, plan.fold)
-        seed_everything(seed)
-        model = build_model(config, prepared).to(device)
-        with _metrics_log(folder, files, kept) as log:
-            task = FoldTask(
-                config=config,
-                model=model,
-                prepared=prepared,
-                train=np.asarray(plan.split.train),
-                validation=np.asarray(plan.split.validation),
-                seed=seed,
-                labels={"seed": plan.seed, "fold": plan.fold},
-                device=device,
-                folder=files,
-                log=log,
-                on_epoch=lambda record: progress({"kind": "epoch", **record}),
-            )
-            details = dataclasses.asdict(train_fold(task))
-            kept = log.n_bytes
-        save_tensors(files.weights, model.state_dict())
+        model, details, kept = _train(config, folder, prepared, plan, device, progress, kept)
         scored = [
             score_rows(model, config, prepared, np.asarray(rows), device)
             for rows in (plan.split.test, development)
@@ -153,6 +134,97 @@ def _run_fold(
         }
     )
     return kept
+
+
+def _train(
+    config: TrainConfig,
+    folder: RunFolder,
+    prepared: PreparedCohort,
+    plan: FoldPlan,
+    device: torch.device,
+    progress: Progress,
+    kept: int,
+) -> tuple[torch.nn.Module, dict[str, Any], int]:
+    """The trained model of a fold, the best of its restarts, with its weights saved.
+
+    Returns the model, how its training ended, and the length of the metrics log.
+    """
+    files, restarts = folder.fold(plan.seed, plan.fold), config.training.restarts
+    if restarts == 1:
+        model, details, kept = _train_once(
+            config, folder, files, prepared, plan, device, progress, kept
+        )
+        save_tensors(files.weights, model.state_dict())
+        return model, details, kept
+    records = []
+    for number in range(restarts):
+        part = files.restart(number)
+        if part.done is None:
+            part.create()
+            model, details, kept = _train_once(
+                config, folder, part, prepared, plan, device, progress, kept, restart=number
+            )
+            save_tensors(part.weights, model.state_dict())
+            part.finish({**details, "metrics_bytes": kept})
+        records.append(part.done)
+        kept = max(kept, records[-1]["metrics_bytes"])
+    best = _best(config, [record["validation"] for record in records])
+    model = build_model(config, prepared).to(device)
+    weights = torch.load(files.restart(best).weights, map_location=device, weights_only=True)
+    model.load_state_dict(weights)
+    save_tensors(files.weights, model.state_dict())
+    details = {name: value for name, value in records[best].items() if name != "metrics_bytes"}
+    details |= {"restart": best, "validations": [record["validation"] for record in records]}
+    return model, details, kept
+
+
+def _best(config: TrainConfig, values: list[float | None]) -> int:
+    """The number of the best value; the first if none is a number."""
+    rising, best = higher_is_better(config), 0
+    for number, value in enumerate(values):
+        # NaN is written as null
+        if value is None:
+            continue
+        than = values[best]
+        if than is None or (value > than if rising else value < than):
+            best = number
+    return best
+
+
+def _train_once(
+    config: TrainConfig,
+    folder: RunFolder,
+    files: FoldFolder,
+    prepared: PreparedCohort,
+    plan: FoldPlan,
+    device: torch.device,
+    progress: Progress,
+    kept: int,
+    restart: int | None = None,
+) -> tuple[torch.nn.Module, dict[str, Any], int]:
+    """One training from freshly drawn weights; its files are `files`."""
+    seed = fold_seed(plan.seed, plan.fold, restart or 0)
+    labels = {"seed": plan.seed, "fold": plan.fold}
+    if restart is not None:
+        labels["restart"] = restart
+    seed_everything(seed)
+    model = build_model(config, prepared).to(device)
+    with _metrics_log(folder, files, kept) as log:
+        task = FoldTask(
+            config=config,
+            model=model,
+            prepared=prepared,
+            train=np.asarray(plan.split.train),
+            validation=np.asarray(plan.split.validation),
+            seed=seed,
+            labels=labels,
+            device=device,
+            folder=files,
+            log=log,
+            on_epoch=lambda record: progress({"kind": "epoch", **record}),
+        )
+        details = dataclasses.asdict(train_fold(task))
+        return model, details, log.n_bytes
 
 
 def _save(

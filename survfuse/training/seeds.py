@@ -16,9 +16,11 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def fold_seed(seed: int, fold: int) -> int:
-    """The seed of one fold. Fold 0 keeps the run's seed, so a single split is seeded as written."""
-    return seed + 1_000_003 * fold
+def fold_seed(seed: int, fold: int, restart: int = 0) -> int:
+    """The seed of one fold and restart. The first of both keep the run's seed, so a single split is
+    seeded as written.
+    """
+    return seed + 1_000_003 * fold + 2_000_000_011 * restart
 
 
 def epoch_order(n_rows: int, *, seed: int, epoch: int) -> np.ndarray:

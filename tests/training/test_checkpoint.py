@@ -65,7 +65,8 @@ def test_an_epoch_draws_every_row_once_in_an_order_of_its_own() -> None:
 
 def test_fold_seeds_differ_and_fold_zero_keeps_the_seed() -> None:
     assert fold_seed(7, 0) == 7
-    assert len({fold_seed(s, f) for s in range(30) for f in range(10)}) == 300
+    seeds = {fold_seed(s, f, r) for s in range(30) for f in range(10) for r in range(5)}
+    assert len(seeds) == 1500
 
 
 def test_the_best_weights_do_not_follow_training() -> None:
@@ -77,7 +78,7 @@ def test_the_best_weights_do_not_follow_training() -> None:
         model.weight.add_(1)
     assert not stopping.update(1.0, 2, model)
     assert stopping.update(2.0, 3, model)
-    assert (stopping.best, stopping.best_epoch) == (1.0, 1)
+    assert (stopping.best, stopping.best_epoch, stopping.last) == (1.0, 1, 2.0)
     assert all(torch.equal(stopping.weights[name], best[name]) for name in best)
 
 
@@ -108,7 +109,7 @@ def test_a_truncated_checkpoint_says_what_to_do(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
     torch.save({"format": 99}, tmp_path / "c.pt")
-    with pytest.raises(CheckpointError, match="format 99; this version reads format 2"):
+    with pytest.raises(CheckpointError, match="format 99; this version reads format 3"):
         load_checkpoint(tmp_path / "c.pt")
 
 
@@ -122,7 +123,7 @@ def test_nothing_in_a_checkpoint_is_executed(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(
-        {"format": 2, "x": _Evil()}, tmp_path / "c.pt", pickle_protocol=pickle.HIGHEST_PROTOCOL
+        {"format": 3, "x": _Evil()}, tmp_path / "c.pt", pickle_protocol=pickle.HIGHEST_PROTOCOL
     )
     with pytest.raises(CheckpointError):
         load_checkpoint(tmp_path / "c.pt")

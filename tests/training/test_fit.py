@@ -141,6 +141,34 @@ def test_best_weights_are_the_best_epochs_and_last_are_the_last(tmp_path: Path) 
         assert all(torch.equal(best[name], first[name]) for name in best)
 
 
+@pytest.mark.parametrize(("metric", "choose"), [("loss", np.argmin), ("c_index", np.argmax)])
+def test_the_best_restart_is_kept(tmp_path: Path, metric: str, choose) -> None:
+    common = {"model": DETERMINED, "protocol": {"validation": "split", "weights": "last"}}
+    training = {"epochs": 3, "patience": None, "metric": metric}
+    several = run(
+        small_config(**common, training={**training, "restarts": 3}), tmp_path / "several"
+    )
+    last = [record for record in several.metrics if record["epoch"] == 3]
+    assert [record["restart"] for record in last] == [0, 1, 2]
+    found = [record[f"validation_{metric}"] for record in last]
+    assert len(set(found)) > 1
+    done = json.loads((tmp_path / "several/folds/seed1-fold0/done.json").read_text())
+    assert done["validations"] == pytest.approx(found)
+    assert done["restart"] == int(choose(found))
+    assert done["validation"] == pytest.approx(found[done["restart"]])
+    # the first of them is what a run without restarts trains
+    one = run(small_config(**common, training=training), tmp_path / "one")
+    assert one.metrics[-1][f"validation_{metric}"] == pytest.approx(found[0])
+    same = weights(tmp_path / "several"), weights(tmp_path / "one")
+    assert all(torch.equal(same[0][k], same[1][k]) for k in same[1]) == (done["restart"] == 0)
+    assert not list((tmp_path / "several").rglob("restart*"))
+
+
+def test_restarts_need_something_to_choose_by() -> None:
+    with pytest.raises(ValueError, match=r'restarts is 2 and protocol\.validation "none"'):
+        small_config(protocol={"validation": "none"}, training={"restarts": 2})
+
+
 def test_without_validation_rows_all_epochs_run(tmp_path: Path) -> None:
     config = small_config(
         model=DETERMINED,

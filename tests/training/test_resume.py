@@ -40,13 +40,13 @@ print("finished", left)
 """
 
 
-def config() -> TrainConfig:
+def config(restarts: int = 1) -> TrainConfig:
     return small_config(
         protocol={"split": "patients", "n_folds": 2, "inner_fraction": 0.3, "min_inner_events": 1}
         | {"validation": "inner"},
         schedule={"name": "cosine", "warmup_steps": 2},
         training={"epochs": 3, "checkpoint_steps": 2, "patience": 2, "batch_size": 4}
-        | {"accumulate": 2},
+        | {"accumulate": 2, "restarts": restarts},
         evaluation={"baselines": ["mean_pool"]},
     )
 
@@ -60,18 +60,26 @@ def finished(folder: Path) -> dict[str, bytes]:
     return found
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def run_undisturbed(folder: Path, restarts: int) -> dict[str, bytes]:
     import torch
 
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("undisturbed")
-    fit(config(), folder / "run", cohort=small_cohort(missing=True), split=given_split())
+    fit(config(restarts), folder / "run", cohort=small_cohort(missing=True), split=given_split())
     return finished(folder / "run")
 
 
-def start(folder: Path, flushes: int) -> subprocess.CompletedProcess[str]:
-    dump_config(config(), folder / "config.yaml")
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    return run_undisturbed(tmp_path_factory.mktemp("undisturbed"), 1)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_restarts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    return run_undisturbed(tmp_path_factory.mktemp("restarts"), 2)
+
+
+def start(folder: Path, flushes: int, restarts: int = 1) -> subprocess.CompletedProcess[str]:
+    dump_config(config(restarts), folder / "config.yaml")
     arguments = (HERE, folder / "config.yaml", folder / "run", flushes)
     return subprocess.run(
         [sys.executable, "-c", CHILD, *map(str, arguments)],
@@ -100,6 +108,16 @@ def test_killed_and_resumed_is_bit_identical(
     assert sorted(found) == sorted(undisturbed)
     different = [name for name in found if found[name] != undisturbed[name]]
     assert not different
+
+
+# in the first training of a fold, at the mark behind it, in the second, in the other fold
+@pytest.mark.parametrize("flushes", [8, 22, 27, 61])
+def test_killed_between_restarts(
+    tmp_path: Path, undisturbed_restarts: dict[str, bytes], flushes: int
+) -> None:
+    assert start(tmp_path, flushes, restarts=2).returncode == -signal.SIGKILL
+    resume(tmp_path / "run", cohort=small_cohort(missing=True), split=given_split())
+    assert finished(tmp_path / "run") == undisturbed_restarts
 
 
 def test_killed_twice_in_one_fold(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
