@@ -16,7 +16,7 @@ from torch.nn import functional
 from survfuse.grid import GridIndex
 from survfuse.layers import DeformableAttended, DeformableCrossAttention
 from survfuse.models.inputs import Tokens
-from survfuse.models.subspace_branch import SubspaceBranch
+from survfuse.models.subspace_branch import Sides, SubspaceBranch
 from survfuse.models.subspace_config import BRANCHES, SubspaceFusionConfig
 from survfuse.models.subspace_fusion import SubspaceFusion
 from survfuse.models.subspace_layout import SlideLayout
@@ -55,9 +55,7 @@ class PlainSubspaceBranch(SubspaceBranch):
             rows = rows[slides.index]  # [n, cells, D]
         return self.project(rows).relu()
 
-    def _sides(
-        self, patches: Tensor, slides: SlideLayout, genes: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, Tensor], dict]:
+    def _sides(self, patches: Tensor, slides: SlideLayout, genes: Tensor) -> Sides:
         if slides.index is not None:
             # the patches of every cell lie one behind the other already
             index = torch.arange(slides.index.numel(), device=patches.device)
@@ -65,7 +63,10 @@ class PlainSubspaceBranch(SubspaceBranch):
             patches = patches.flatten(0, 1)
         return super()._sides(patches, slides, genes)
 
-    def _pool(self, tokens: Tensor, ragged: Ragged | None = None) -> Tensor:
+    def _pool(
+        self, sides: Sides, attended: Tensor, genes: Tensor, ragged: Ragged | None = None
+    ) -> Tensor:
+        tokens = self.norm(sides.fused + attended)
         if ragged is None:
             return tokens.mean(1)
         return torch.stack([rows.mean(0) for rows in tokens.split(ragged.lengths.tolist())])

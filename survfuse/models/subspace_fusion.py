@@ -118,10 +118,10 @@ class SubspaceFusion(FusionModel):
             ValueError, TypeError: the inputs do not fit the configuration.
         """
         slides, n_samples = self._lay_out(inputs)
-        features, losses = {}, {}
+        bag, features, losses = self._bag(inputs, slides), {}, {}
         for name, branch in self.branches.items():
             genes = branch.encode_genes(inputs, n_samples)  # [B, dim]
-            out = branch(self._bag(inputs, slides), slides, genes.values)  # [B, dim]
+            out = branch(bag, slides, genes.values)  # [B, dim]
             features[name] = out.feature
             if self.config.consistency != "none":
                 loss = self._consistency(branch, genes, out, slides)
@@ -149,7 +149,10 @@ class SubspaceFusion(FusionModel):
         return slides, n_samples
 
     def _bag(self, inputs: Mapping[str, Modality], slides: SlideLayout | None) -> Tensor | None:
-        return None if slides is None else inputs[self.config.bag].features
+        if slides is None:
+            return None
+        features = inputs[self.config.bag].features
+        return features if slides.rows is None else features[slides.rows]
 
     def _consistency(
         self,
@@ -188,9 +191,10 @@ class SubspaceFusion(FusionModel):
         found: dict[str, Tensor] = {}
         with evaluating(self):
             slides, n_samples = self._lay_out(inputs)
+            bag = self._bag(inputs, slides)
             for name, branch in self.branches.items() if slides is not None else ():
                 genes = branch.encode_genes(inputs, n_samples).values
-                patches = branch.project_patches(self._bag(inputs, slides), slides)
+                patches = branch.project_patches(bag, slides)
                 received = branch.received(patches, slides, genes)
                 found[name] = self._of_batch(received, inputs, slides)
                 weights = branch.pool_weights(patches, slides, genes)
@@ -255,10 +259,11 @@ class SubspaceFusion(FusionModel):
         self, values: Tensor, inputs: Mapping[str, Modality], slides: SlideLayout
     ) -> Tensor:
         """[total of the batch] of values of those patches that the model saw; zeros elsewhere."""
-        ragged = inputs[self.config.bag].ragged
+        ragged, seen = inputs[self.config.bag].ragged, slides.seen
         if ragged.total == slides.stored.total:
             return values
-        seen = ragged.per_patch(slides.stored.lengths > 0)
+        if seen is None:
+            seen = ragged.per_patch(slides.stored.lengths > 0)
         everything = values.new_zeros(ragged.total)
         everything[seen] = values
         return everything

@@ -17,7 +17,9 @@ from survfuse.ragged import Ragged
 class SlideLayout(NamedTuple):
     """The patches of those samples that have any, packed, and their places."""
 
-    stored: Ragged  # rows of the stored matrix; length 0 where a sample has no slide
+    rows: Tensor | None  # rows of the batch's matrix that maps show; None for all as they lie
+    seen: Tensor | None  # the same as places in batch order
+    stored: Ragged  # rows of that matrix, or of those rows; length 0 where a sample has no slide
     packed: Ragged  # the same patches one behind the other
     grid: GridIndex | None  # of packed patches; None for dense maps
     samples: Tensor | None  # [n] the samples with a map, of dense maps
@@ -53,11 +55,7 @@ def lay_out(
         return None
     packed = stored.packed()
     if layout == "fixed":
-        samples = lengths.nonzero()[:, 0]
-        cells = map_side * map_side
-        index = torch.stack([fill_map(n, cells) for n in lengths[samples].tolist()])
-        index = index.to(lengths.device) + packed.starts[samples, None]
-        return SlideLayout(stored, packed, None, samples, index)
+        return _dense_maps(batch.ragged, stored, map_side * map_side)
     bag, within = stored.bags(), stored.places()
     # row by row on a map that is as high as wide, or one row less
     width = lengths.double().sqrt().ceil().long()[bag]
@@ -69,7 +67,28 @@ def lay_out(
                 coords[known], bag[known], stored.n_bags, patch_size=patch_size, gap=gap
             )
             square = square.index_put((known.nonzero()[:, 0],), cells)
-    return SlideLayout(stored, packed, grid_index(square, patch_size=1, ragged=packed), None, None)
+    grid = grid_index(square, patch_size=1, ragged=packed)
+    return SlideLayout(None, None, stored, packed, grid, None, None)
+
+
+def _dense_maps(given: Ragged, stored: Ragged, n_cells: int) -> SlideLayout:
+    """Maps of `n_cells`; of a longer bag only the patches that its map shows are read."""
+    device, samples = stored.lengths.device, stored.lengths.nonzero()[:, 0]
+    shown = [fill_map(n, n_cells) for n in stored.lengths[samples].tolist()]
+    if stored.max_length <= n_cells:
+        packed = stored.packed()
+        index = torch.stack(shown).to(device) + packed.starts[samples, None]
+        return SlideLayout(None, None, stored, packed, None, samples, index)
+    lengths = stored.lengths.clamp(max=n_cells)
+    packed = Ragged.from_lengths(lengths)
+    places = [cells[:n].to(device) for cells, n in zip(shown, lengths[samples].tolist())]
+    starts, first = stored.starts[samples], given.packed().starts[samples]
+    rows = torch.cat([place + start for place, start in zip(places, starts)])
+    seen = torch.cat([place + start for place, start in zip(places, first)])
+    # a shorter bag is repeated, a longer one lies there in the order of its cells
+    index = torch.stack([fill_map(n, n_cells) for n in lengths[samples].tolist()]).to(device)
+    index = index + packed.starts[samples, None]
+    return SlideLayout(rows, seen, packed, packed, None, samples, index)
 
 
 def fill_map(n_patches: int, n_cells: int) -> Tensor:

@@ -149,6 +149,23 @@ def test_places_matter_on_the_grid_and_not_on_the_square() -> None:
         assert (float(apart) > 1e-6) == matters, layout
 
 
+def test_patches_that_a_fixed_map_does_not_show_have_no_part() -> None:
+    model, inputs = SubspaceFusion(small(layout="fixed", map_side=5)).eval(), batch([40, 12])
+    bag = inputs["slides"]
+    features = bag.features.requires_grad_()
+    output = model(inputs)
+    _loss(output).backward()
+    read = features.grad.abs().sum(1) > 0
+    assert [int(part.sum()) for part in read.split([40, 12])] == [25, 12]
+    hidden = torch.where(read[:, None], features.detach(), torch.nan)
+    again = model({**inputs, "slides": bag._replace(features=hidden)})
+    assert torch.equal(again.logits["survival"], output.logits["survival"])
+    for maps in (model.patch_attention, model.patch_maps):
+        found = maps(inputs)["slides"]["tumor"]
+        assert found.shape == (52,)
+        assert not found[~read].any()
+
+
 def test_branches_read_their_own_genes_only() -> None:
     model, inputs = SubspaceFusion(small()).eval(), batch()
     before = model(inputs).embeddings

@@ -63,6 +63,22 @@ def test_maps_without_places() -> None:
     assert fixed.index.tolist() == [[0, 1, 2, 3, 4, 5, 6, 0, 1], [7, 8, 9, 10, 7, 8, 9, 10, 7]]
 
 
+def test_of_a_long_bag_only_what_its_map_shows_is_read() -> None:
+    # 12 patches for 9 cells behind a bag of 4 that is repeated, stored in another order with gaps
+    ragged = Ragged.from_ranges(torch.tensor([20, 0, 5]), torch.tensor([4, 0, 12]))
+    bag = BagBatch(torch.randn(30, 2), ragged, ragged.lengths > 0, None)
+    found = lay_out(bag, **(OPTIONS | {"layout": "fixed"}))
+    # every 4/3rd patch, rounded to even
+    shown = [0, 1, 3, 4, 5, 7, 8, 9, 11]
+    assert found.rows.tolist() == [20, 21, 22, 23, *(5 + i for i in shown)]
+    assert found.seen.tolist() == [0, 1, 2, 3, *(4 + i for i in shown)]
+    assert found.stored.lengths.tolist() == [4, 0, 9]
+    assert found.index.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 0], list(range(4, 13))]
+    # where no bag is longer than the map, all are read where they lie
+    few = bag._replace(ragged=Ragged.from_ranges(ragged.starts, ragged.lengths.clamp(max=9)))
+    assert lay_out(few, **(OPTIONS | {"layout": "fixed"})).rows is None
+
+
 def test_a_batch_without_patches_has_no_layout() -> None:
     bag = _bag(torch.zeros(5, 2), [3, 2])
     assert lay_out(bag._replace(present=torch.zeros(2, dtype=torch.bool)), **OPTIONS) is None
