@@ -37,6 +37,8 @@ class GenePool(nn.Module):
         super().__init__()
         self.patch_norm = nn.LayerNorm(dim)
         self.attended_norm = nn.LayerNorm(dim)
+        # until the deformable attention has learned something, it only blurs what patches say
+        nn.init.constant_(self.attended_norm.weight, 0.1)
         self.ask = BagCrossAttention(
             dim,
             2 * dim,
