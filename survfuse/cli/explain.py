@@ -43,9 +43,10 @@ def explain_command(
     gradients are of the risk, of a task of levels of the expected level, and of classes of the
     probability of each, named in the column group.
     """
-    from survfuse.data.atomic import atomic_path
+    from survfuse.data.atomic import atomic_path, check_target
     from survfuse.training.inspection import COLUMNS, explain_parts
 
+    check_target(out)
     kinds = [part.strip() for part in what.split(",") if part.strip()]
     names = [part.strip() for part in (patients or "").split(",") if part.strip()]
     parts = explain_parts(

@@ -53,11 +53,12 @@ def predict_command(
     matched by column name; a modality the new patients lack is absent, and gene groups are those
     the models were trained with.
     """
-    from survfuse.data.atomic import atomic_path
+    from survfuse.data.atomic import atomic_path, check_target
     from survfuse.training.external import external_scores, trained_on
     from survfuse.training.predictions import predict
     from survfuse.training.sources import load_cohort
 
+    check_target(out)
     cohort = load_cohort(_config(run, config, data, overrides or []), external=True).cohort
     frame = predict(run, cohort, device=device)
     scores = external_scores(frame, resamples=resamples, level=level, seed=seed)

@@ -38,6 +38,7 @@ class Display:
         self._task: Any = None
         self._fold: dict[str, Any] = {}
         self._last: dict[str, Any] = {}
+        self._restart = ""
         self._began = time.monotonic()
 
     def __enter__(self) -> Display:
@@ -58,6 +59,7 @@ class Display:
         if event["kind"] == "fold":
             self._end_of_fold()
             self._fold, self._last, self._began = event, {}, time.monotonic()
+            self._restart = ""
             if self._live:
                 self._task = self._bars.add_task(self._title(), total=event["epochs"], note="")
         elif event["kind"] == "epoch":
@@ -65,12 +67,16 @@ class Display:
             if self._live and self._task is not None:
                 self._bars.update(self._task, completed=event["epoch"], note=_epoch_note(event))
 
+        elif event["kind"] == "restart":
+            self._restart = f"kept training {event['number']} of {event['of']}"
+
     def _end_of_fold(self) -> None:
         """Leave one line per model behind, so that 20 seeds stay readable."""
         if not self._fold or self._quiet:
             return
         seconds = time.monotonic() - self._began
-        note = _epoch_note(self._last) if self._last else "fitted"
+        # of several trainings the last is rarely the one that counts
+        note = self._restart or (_epoch_note(self._last) if self._last else "fitted")
         epochs = f"{self._last['epoch']} epochs, " if self._last else ""
         if self._live and self._task is not None:
             self._bars.remove_task(self._task)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -93,6 +93,7 @@ class AMMASurvConfig(ModelConfig):
         "symmetric": {"blocks": ABLATION["symmetric"]},
         "genes_to_patches": {"blocks": ABLATION["genes_to_patches"]},
     }
+    ABLATION: ClassVar[Mapping[str, tuple[str, ...]]] = ABLATION
 
     dim: int = 256
     depth: int = 2

@@ -40,6 +40,8 @@ class ModelConfig:
     """
 
     PRESETS: ClassVar[Presets] = {}
+    # what `survfuse ablate` trains: by name, settings merged over those of a run, or blocks
+    ABLATION: ClassVar[Mapping[str, Any]] = {}
 
     modalities: Mapping[str, ModalityConfig]
     outputs: Mapping[str, int] = field(default_factory=lambda: {"survival": 4})

@@ -127,6 +127,11 @@ def _check_batch(
             "it must be bool of shape [B]"
         )
     values = batch.features if packed else batch.values
+    if not values.is_floating_point():
+        raise TypeError(
+            f"inputs[{name!r}] is {values.dtype}; it must be a floating type, for example "
+            "torch.float32"
+        )
     dims = modality.axes + 2 if modality.kind == "array" else 2
     if values.dim() != dims or values.shape[-1] != modality.channels:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,9 +149,39 @@ def save_checkpoint(path: str | os.PathLike[str], content: dict[str, Any]) -> No
 
 def save_tensors(path: str | os.PathLike[str], content: Any) -> None:
     """`torch.save`, atomically; the same content gives the same bytes."""
+    # given a path, torch would write the temporary file's random name into the archive; given a
+    # stream of a full disk, it would say that a position was unexpected
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
     with atomic_path(path) as temporary, temporary.open("wb") as stream:
-        # given a path, torch would write the temporary file's random name into the archive
-        torch.save(content, stream)
+        stream.write(buffer.getbuffer())
+
+
+def load_weights(path: str | os.PathLike[str], model: torch.nn.Module) -> None:
+    """Load the weights of a finished fold into its model, onto the device it is on.
+
+    Raises:
+        CheckpointError: the file is unreadable, or holds the weights of another model.
+    """
+    path = Path(path)
+    advice = "train into a new folder to have them again"
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} cannot be read as weights ({' '.join(str(error).split())[:200]}); {advice}"
+        ) from None
+    have = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in content.items()}
+    if have != found:
+        wrong = [name for name in {**have, **found} if have.get(name) != found.get(name)]
+        raise CheckpointError(
+            f"{path} holds the weights of another model: {wrong[0]} has the shape "
+            f"{found.get(wrong[0])}, the model's is {have.get(wrong[0])}; {advice}"
+        )
+    model.load_state_dict(content)
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -280,6 +280,14 @@ def _check_numbers(config: TrainConfig) -> None:
     for path, value in positive:
         if value is not None and not value > 0:
             raise ValueError(f"{path} is {value}; it must be above 0")
+    if len(config.optimizer.betas) != 2 or not all(0 <= b < 1 for b in config.optimizer.betas):
+        raise ValueError(
+            f"optimizer.betas is {list(config.optimizer.betas)}; it must be two numbers in [0, 1)"
+        )
+    if not 0 <= config.schedule.final_fraction <= 1:
+        raise ValueError(
+            f"schedule.final_fraction is {config.schedule.final_fraction}; it must be in [0, 1]"
+        )
     if not 0 <= loss.alpha <= 1:
         raise ValueError(f"loss.alpha is {loss.alpha}; it must be in [0, 1]")
     for name in ("table_dropout", "patch_dropout"):

@@ -50,7 +50,7 @@ def load_config(
     if not path.is_file():
         raise FileNotFoundError(f"no configuration file at {path}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _strict_loader(yaml))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not a YAML file: {_one_line(error)}") from None
     if values is None:
@@ -69,6 +69,23 @@ def load_config(
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     return absolute_paths(config, path.resolve().parent)
+
+
+def _strict_loader(yaml: Any) -> type:
+    """A safe loader that refuses a key that stands twice in one section."""
+
+    class Strict(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            seen = set()
+            for key, _ in node.value:
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"{key.value} stands twice in one section", key.start_mark
+                    )
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    return Strict
 
 
 def parse_config(values: dict[str, Any]) -> TrainConfig:

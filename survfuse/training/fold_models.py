@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from survfuse.training.checkpoint import load_weights
 from survfuse.training.config import TrainConfig
 from survfuse.training.model import build_model
 from survfuse.training.run_folder import FoldFolder, RunFolder, RunFolderError, read_json
@@ -38,8 +39,13 @@ def load_fold(
     from survfuse.data.prepared import PreparedCohort
 
     record = files.done
-    if record is None or not files.weights.is_file():
-        raise RunFolderError(f"{files.path} holds no finished neural model; resume the run")
+    if record is None:
+        raise RunFolderError(f"{files.path} holds no finished model; resume the run")
+    if not files.weights.is_file():
+        raise RunFolderError(
+            f"{files.weights} is missing; a run of a neural model has it, and one that lost it "
+            "must be trained into a new folder"
+        )
     state = read_json(files.preprocessing)
     if not set(state["channels"]) & set(cohort.modalities):
         raise ValueError(
@@ -48,7 +54,7 @@ def load_fold(
         )
     prepared = PreparedCohort.from_state(cohort, state)
     model = build_model(config, prepared).to(device).eval()
-    model.load_state_dict(torch.load(files.weights, map_location=device, weights_only=True))
+    load_weights(files.weights, model)
     return FoldModel(record["seed"], record["fold"], files, model, prepared)
 
 

@@ -129,6 +129,10 @@ def quirks(config: TrainConfig) -> list[str]:
             f"the survival loss is divided by {loss.survival_divisor:g} and the L1 term is not, "
             f"so L1 acts {loss.survival_divisor:g} times as strong"
         )
+    if config.training.restarts > 1:
+        found.append(
+            f"every fold is the best of {config.training.restarts} trainings on its validation rows"
+        )
     if not protocol.scale:
         found.append("tables enter as they are in the file, neither scaled nor clipped")
     return found

@@ -192,6 +192,7 @@ def plan_run(config: TrainConfig, loaded: LoadedCohort) -> RunPlan:
     device = pick_device(config.training.device)
     folds = plan_folds(config, loaded.cohort, loaded.split)
     check_known(config, loaded.cohort, [plan.split for plan in folds])
+    _check_restarts(config, folds)
     baselines = baseline_configs(config, list(loaded.cohort.modalities))
     check_designs(config, loaded.cohort, folds)
     if not config.data.modalities:
@@ -206,6 +207,16 @@ def plan_run(config: TrainConfig, loaded: LoadedCohort) -> RunPlan:
             given = prepare(baseline, reduced, folds[0].split)
         check_model(baseline, given)
     return RunPlan(device, folds, baselines, first)
+
+
+def _check_restarts(config: TrainConfig, folds: list[FoldPlan]) -> None:
+    bare = [plan.fold for plan in folds if not len(plan.split.validation)]
+    if config.training.restarts > 1 and bare:
+        raise ConfigError(
+            f"training.restarts is {config.training.restarts}, but fold {bare[0]} has no "
+            "validation rows (too few events, see protocol.min_inner_events), and nothing else "
+            "tells which restart to keep: it must be 1"
+        )
 
 
 def _given_cohort(config: TrainConfig, cohort: Cohort, split: Split | None) -> LoadedCohort:

@@ -51,9 +51,15 @@ class ComparedRuns(NamedTuple):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the reports of all runs say of the data."""
-        said = [run.report.notes for run in self.runs.values()]
-        return tuple(note for note in said[0] if all(note in notes for notes in said))
+        """What the reports say of the data; with the runs that say it, where not all do."""
+        said: dict[str, list[str]] = {}
+        for name, run in self.runs.items():
+            for note in run.report.notes:
+                said.setdefault(note, []).append(name)
+        everyone = len(self.runs)
+        shared = [note for note, names in said.items() if len(names) == everyone]
+        own = [(note, names) for note, names in said.items() if len(names) < everyone]
+        return (*shared, *(f"{', '.join(names)}: {note}" for note, names in own))
 
 
 def compare_runs(
@@ -159,7 +165,7 @@ def ablation_configs(config: TrainConfig, names: list[str] | None = None) -> dic
     from survfuse.models.registry import MODELS, model_class
 
     kind = model_class(config.model.name).config_class if config.model.name in MODELS else None
-    ablation: Mapping[str, Any] = getattr(kind, "ABLATION", {})
+    ablation: Mapping[str, Any] = {} if kind is None else kind.ABLATION
     if not ablation:
         raise ConfigError(f"model.name is {config.model.name}, which names no ablation")
     for name in names or ():

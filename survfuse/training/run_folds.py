@@ -13,7 +13,7 @@ import torch
 from survfuse.data.splits import Split
 from survfuse.evaluation.class_predictions import ClassFold
 from survfuse.evaluation.predictions import FoldPredictions
-from survfuse.training.checkpoint import load_checkpoint, save_tensors
+from survfuse.training.checkpoint import load_checkpoint, load_weights, save_tensors
 from survfuse.training.config import TrainConfig
 from survfuse.training.folds import FoldPlan
 from survfuse.training.linear import development_rows, fit_cox
@@ -170,11 +170,18 @@ def _train(
         kept = max(kept, records[-1]["metrics_bytes"])
     best = _best(config, [record["validation"] for record in records])
     model = build_model(config, prepared).to(device)
-    weights = torch.load(files.restart(best).weights, map_location=device, weights_only=True)
-    model.load_state_dict(weights)
+    load_weights(files.restart(best).weights, model)
     save_tensors(files.weights, model.state_dict())
     details = {name: value for name, value in records[best].items() if name != "metrics_bytes"}
     details |= {"restart": best, "validations": [record["validation"] for record in records]}
+    progress(
+        {
+            "kind": "restart",
+            "number": best + 1,
+            "of": restarts,
+            "value": records[best]["validation"],
+        }
+    )
     return model, details, kept
 
 

@@ -152,6 +152,13 @@ def _simulated(config: TrainConfig) -> LoadedCohort:
             f'data.bags is {config.data.bags!r} with data.source "simulated"; the simulated cohort '
             "has slides of its own, so it must be null"
         )
+    for name, usual in (("cohort", None), ("endpoint", "OS")):
+        given = getattr(config.data, name)
+        if given != usual:
+            raise ConfigError(
+                f'data.{name} is {given!r} with data.source "simulated", which has none to choose; '
+                f"it must be {'null' if usual is None else usual}"
+            )
     wanted = config.data.simulation
     default = VARIANTS[wanted.variant]
     sizes = (wanted.n_train, wanted.n_inner, wanted.n_test)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 import pytest
@@ -49,3 +50,20 @@ def test_a_missing_folder_is_named(tmp_path):
         atomic_path(tmp_path / "nowhere" / "out.bin"),
     ):
         pass
+
+
+def test_what_the_system_refuses_names_the_file_that_was_asked_for(tmp_path):
+    def full() -> None:
+        with atomic_path(tmp_path / "out.bin"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        full()
+    assert caught.value.filename == str(tmp_path / "out.bin")
+    # an error of another file keeps its name
+    with pytest.raises(FileNotFoundError) as caught, atomic_path(tmp_path / "out.bin"):
+        (tmp_path / "other").read_bytes()
+    assert caught.value.filename == str(tmp_path / "other")
+    with pytest.raises(IsADirectoryError) as caught, atomic_path(tmp_path):
+        pass
+    assert caught.value.filename == str(tmp_path)

@@ -15,7 +15,9 @@ from survfuse.training.checkpoint import (
     CheckpointError,
     EarlyStopping,
     load_checkpoint,
+    load_weights,
     save_checkpoint,
+    save_tensors,
 )
 from survfuse.training.run_folder import MetricsLog, RunFolder, RunFolderError, read_metrics
 from survfuse.training.seeds import (
@@ -185,3 +187,16 @@ def test_folds_are_listed_in_numeric_order(tmp_path: Path) -> None:
         "seed2-fold1",
         "seed10-fold0",
     ]
+
+
+def test_weights_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    path, model = tmp_path / "weights.pt", torch.nn.Linear(30, 20)
+    save_tensors(path, model.state_dict())
+    other = torch.nn.Linear(30, 20)
+    load_weights(path, other)
+    assert torch.equal(other.weight, model.weight)
+    with pytest.raises(CheckpointError, match=r"weights\.pt holds the weights of another model: w"):
+        load_weights(path, torch.nn.Linear(30, 21))
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(CheckpointError, match=r"weights\.pt cannot be read as weights"):
+        load_weights(path, model)

@@ -152,6 +152,29 @@ def test_a_file_that_holds_no_sections_is_named(tmp_path: Path, text: str, messa
     assert "bad.yaml" in str(caught.value)
 
 
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text("training:\n  epochs: 1\n  seeds: [1]\n  epochs: 2\n")
+    with pytest.raises(ConfigError, match=r"twice\.yaml is not a YAML file: .*epochs stands twice"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"optimizer": {"betas": [1, 2]}},
+            r"betas is \[1(\.0)?, 2(\.0)?\]; it must be two numbers",
+        ),
+        ({"schedule": {"final_fraction": 7}}, "final_fraction is 7.*must be in"),
+        ({"training": {"restarts": 0}}, "restarts is 0; it must be at least 1"),
+    ],
+)
+def test_numbers_out_of_range_are_named(values: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config(values)
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
         load_config(tmp_path / "nowhere.yaml")

@@ -164,7 +164,12 @@ def test_the_best_restart_is_kept(tmp_path: Path, metric: str, choose) -> None:
     assert not list((tmp_path / "several").rglob("restart*"))
 
 
-def test_restarts_need_something_to_choose_by() -> None:
+def test_restarts_need_something_to_choose_by(tmp_path: Path) -> None:
+    # too few events for validation rows of the protocol's own
+    few = {"split": "patients", "n_folds": 2, "validation": "inner", "min_inner_events": 500}
+    with pytest.raises(ValueError, match="restarts is 2, but fold 0 has no validation rows"):
+        run(small_config(protocol=few, training={"restarts": 2}), tmp_path / "run")
+    assert not (tmp_path / "run" / "config.yaml").exists()
     with pytest.raises(ValueError, match=r'restarts is 2 and protocol\.validation "none"'):
         small_config(protocol={"validation": "none"}, training={"restarts": 2})
 

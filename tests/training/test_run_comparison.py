@@ -93,7 +93,10 @@ def test_other_inputs_of_the_same_patients_may_be_compared(tmp_path: Path) -> No
     found = compare_runs(runs, tmp_path / "out")
     notes = found.runs["few"].report.notes
     assert any("a fixed random 5 %" in note for note in notes)
-    assert not any("random 5 %" in note for note in found.comparison.notes)
+    # what is said of some of the runs names them
+    said = [note for note in found.comparison.notes if "random 5 %" in note]
+    assert len(said) == 1
+    assert said[0].startswith("few: ")
     assert load_config(tmp_path / "out/few/config.yaml").data.patches.fraction == 0.05
 
 
@@ -123,6 +126,14 @@ def test_an_ablation_is_settings_by_name(tmp_path: Path, monkeypatch: pytest.Mon
         ablation_configs(config(), ["wet"])
     done = compare_runs(ablation_configs(config(), ["full", "dry"]), tmp_path / "out")
     assert done.comparison.models == ("full (mean_pool)", "dry (mean_pool)")
+
+
+def test_the_configuration_of_ammasurv_names_its_ablation() -> None:
+    path = Path(__file__).resolve().parents[2] / "configs" / "ammasurv.yaml"
+    found = ablation_configs(load_config(path))
+    assert len(found) == 13
+    assert found["crossing"].model.settings["blocks"] == ["pg", "gp"]
+    assert found["crossing"].model.settings["dim"] == 32
 
 
 SEX = {"sex": {"kind": "classes", "target": "is_female"}}
