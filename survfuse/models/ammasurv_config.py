@@ -61,8 +61,8 @@ class AMMASurvConfig(ModelConfig):
             modality m.
         count_normalised: subtract log n_m from those logits, n_m the number of the modality's keys,
             so that a few genes are not drowned by many patches.
-        gene_temperature: divides the logits of what the genes attend to. Below 1 their attention
-            starts with contrast, which finds few patches among many sooner than the mean of all.
+        gene_temperature: divides the logits of genes to patches. Below 1 that attention starts with
+            contrast, which finds few patches among many sooner than the mean of all.
         gate: of the fusion: "scalar", a learned number per modality; or "tokens", which adds a
             linear function of the pooled tokens.
         gate_activation: "softmax" over the modalities a sample has, or "sigmoid" of each.

@@ -84,7 +84,7 @@ def gene_weights(
     query = layer.heads(genes).query.to(patches.dtype)
     _, lse = layer.genes_to_patches(patches, None, query, batch, 0.0)
     weights = tokens_attend_bag_weights(
-        query,
+        layer.contrasted(query),
         patches,
         layer.patches.weight("key"),
         lse,

@@ -185,10 +185,7 @@ class AsymmetricLayer(nn.Module):
         """Of the genes; the patches' are formed only where patches attend to patches."""
         if self.genes.norm is None:
             return Heads(None, None, None)
-        found = self.genes.project(self.genes.norm(genes))
-        if found.query is None or self.config.gene_temperature == 1.0:
-            return found
-        return found._replace(query=found.query / self.config.gene_temperature)
+        return self.genes.project(self.genes.norm(genes))
 
     def parts(self, patches: Tensor, genes: Heads, batch: Membership) -> dict[str, dict[str, Part]]:
         """What each side that asks (p, g) got from each side that it asks."""
@@ -325,10 +322,16 @@ class AsymmetricLayer(nn.Module):
             )
         )
 
+    def contrasted(self, query: Tensor) -> Tensor:
+        """Of the genes, as they ask patches."""
+        temperature = self.config.gene_temperature
+        return query if temperature == 1.0 else query / temperature
+
     def genes_to_patches(
         self, patches: Tensor, heads: Heads | None, query: Tensor, batch: Membership, dropout: float
     ) -> tuple[Tensor, Tensor]:
         """out [B, G, H, d] and lse [B, G, H]."""
+        query = self.contrasted(query)
         options = {"dropout_p": dropout, "backend": self.config.backend}
         if heads is not None:
             return cross_attention_with_lse(

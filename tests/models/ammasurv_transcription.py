@@ -39,7 +39,7 @@ def plain_layer(
             if config.count_normalised and owner:
                 bias = bias - counts.log()
             score = torch.einsum("qhd,khd->hqk", query, heads.key) / math.sqrt(config.head_dim)
-            score = score / (config.gene_temperature if letter == "g" else 1.0)
+            score = score / (config.gene_temperature if letter + other == "gp" else 1.0)
             logits.append(score + bias)
             values.append(heads.value)
             owners += owner

@@ -152,7 +152,7 @@ def test_predicting_with_an_unfinished_run_is_refused(tmp_path: Path) -> None:
     cohort = small_cohort()
     run(small_config(**PLAIN), tmp_path / "run", cohort)
     (tmp_path / "run/folds/seed1-fold0/done.json").unlink()
-    with pytest.raises(RunFolderError, match="no finished neural model; resume the run"):
+    with pytest.raises(RunFolderError, match="no finished model; resume the run"):
         predict(tmp_path / "run", cohort)
 
 
