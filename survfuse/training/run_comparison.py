@@ -59,7 +59,7 @@ class ComparedRuns(NamedTuple):
         everyone = len(self.runs)
         shared = [note for note, names in said.items() if len(names) == everyone]
         own = [(note, names) for note, names in said.items() if len(names) < everyone]
-        return (*shared, *(f"{', '.join(names)}: {note}" for note, names in own))
+        return (*shared, *(f"{'; '.join(names)}: {note}" for note, names in own))
 
 
 def compare_runs(
