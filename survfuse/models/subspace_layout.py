@@ -73,21 +73,18 @@ def lay_out(
 
 def _dense_maps(given: Ragged, stored: Ragged, n_cells: int) -> SlideLayout:
     """Maps of `n_cells`; of a longer bag only the patches that its map shows are read."""
-    device, samples = stored.lengths.device, stored.lengths.nonzero()[:, 0]
-    shown = [fill_map(n, n_cells) for n in stored.lengths[samples].tolist()]
-    if stored.max_length <= n_cells:
-        packed = stored.packed()
-        index = torch.stack(shown).to(device) + packed.starts[samples, None]
-        return SlideLayout(None, None, stored, packed, None, samples, index)
+    samples, device = stored.lengths.nonzero()[:, 0], stored.lengths.device
     lengths = stored.lengths.clamp(max=n_cells)
     packed = Ragged.from_lengths(lengths)
-    places = [cells[:n].to(device) for cells, n in zip(shown, lengths[samples].tolist())]
-    starts, first = stored.starts[samples], given.packed().starts[samples]
-    rows = torch.cat([place + start for place, start in zip(places, starts)])
-    seen = torch.cat([place + start for place, start in zip(places, first)])
-    # a shorter bag is repeated, a longer one lies there in the order of its cells
+    # a shorter bag is repeated; what is read of a longer one lies in the order of its cells
     index = torch.stack([fill_map(n, n_cells) for n in lengths[samples].tolist()]).to(device)
     index = index + packed.starts[samples, None]
+    if stored.max_length <= n_cells:
+        return SlideLayout(None, None, stored, packed, None, samples, index)
+    shown = [fill_map(n, n_cells)[:n].to(device) for n in stored.lengths[samples].tolist()]
+    starts, first = stored.starts[samples], given.packed().starts[samples]
+    rows = torch.cat([place + start for place, start in zip(shown, starts)])
+    seen = torch.cat([place + start for place, start in zip(shown, first)])
     return SlideLayout(rows, seen, packed, packed, None, samples, index)
 
 

@@ -6,7 +6,6 @@ import copy
 import io
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,13 @@ class CheckpointError(RuntimeError):
     exit_code = 2
 
 
+def is_better(value: float | None, than: float | None, *, rising: bool) -> bool:
+    """Whether a value improves on another; None and NaN never do, and any other does on None."""
+    if value is None or value != value:
+        return False
+    return than is None or (value > than if rising else value < than)
+
+
 @dataclass
 class EarlyStopping:
     """The best epoch so far, its weights copied in full, and how long ago it was.
@@ -32,7 +38,7 @@ class EarlyStopping:
         higher_is_better: the watched number is a C-index or the like, not a loss.
         best: best value seen; None before the first epoch.
         best_epoch: its epoch, counted from 1.
-        last: value of the epoch before.
+        last: value of the newest epoch.
         waited: epochs since then.
         weights: a copy of the parameters of that epoch, on the CPU.
     """
@@ -51,7 +57,7 @@ class EarlyStopping:
         A NaN never counts as an improvement, so it can only run the patience down.
         """
         self.last = float(value)
-        if self.is_better(value, self.best):
+        if is_better(value, self.best, rising=self.higher_is_better):
             self.best, self.best_epoch, self.waited = float(value), epoch, 0
             # a reference would follow the weights as they train on
             self.weights = {
@@ -61,12 +67,6 @@ class EarlyStopping:
         else:
             self.waited += 1
         return self.patience is not None and self.waited >= self.patience
-
-    def is_better(self, value: float, than: float | None) -> bool:
-        """Whether a value is an improvement; a NaN never is, and any other is one over None."""
-        if value != value:
-            return False
-        return than is None or (value > than if self.higher_is_better else value < than)
 
     def state(self) -> dict[str, Any]:
         return {
@@ -163,16 +163,10 @@ def load_weights(path: str | os.PathLike[str], model: torch.nn.Module) -> None:
     Raises:
         CheckpointError: the file is unreadable, or holds the weights of another model.
     """
-    path = Path(path)
     advice = "train into a new folder to have them again"
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise CheckpointError(
-            f"{path} cannot be read as weights ({' '.join(str(error).split())[:200]}); {advice}"
-        ) from None
+    content = _read(path, "weights", advice)
+    if not isinstance(content, dict) or not all(map(torch.is_tensor, content.values())):
+        raise CheckpointError(f"{path} holds no weights; {advice}")
     have = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in content.items()}
     if have != found:
@@ -190,19 +184,21 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         CheckpointError: it is unreadable or of another format.
     """
-    path = Path(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise CheckpointError(
-            f"{path} cannot be read as a checkpoint ({' '.join(str(error).split())[:200]}); "
-            "delete it to train this fold from the start"
-        ) from None
+    content = _read(path, "a checkpoint", "delete it to train this fold from the start")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(
             f"{path} has checkpoint format {found}; this version reads format {FORMAT}"
         )
     return content
+
+
+def _read(path: str | os.PathLike[str], what: str, advice: str) -> Any:
+    """What `save_tensors` wrote, on the CPU; nothing in the file is executed."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path} cannot be read as {what} ({reason}); {advice}") from None

@@ -77,7 +77,8 @@ def _strict_loader(yaml: Any) -> type:
     class Strict(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             seen = set()
-            for key, _ in node.value:
+            # a key that is no plain word is refused by yaml itself
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
                 if key.value in seen:
                     raise yaml.constructor.ConstructorError(
                         None, None, f"{key.value} stands twice in one section", key.start_mark

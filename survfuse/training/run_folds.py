@@ -13,7 +13,12 @@ import torch
 from survfuse.data.splits import Split
 from survfuse.evaluation.class_predictions import ClassFold
 from survfuse.evaluation.predictions import FoldPredictions
-from survfuse.training.checkpoint import load_checkpoint, load_weights, save_tensors
+from survfuse.training.checkpoint import (
+    is_better,
+    load_checkpoint,
+    load_weights,
+    save_tensors,
+)
 from survfuse.training.config import TrainConfig
 from survfuse.training.folds import FoldPlan
 from survfuse.training.linear import development_rows, fit_cox
@@ -174,14 +179,7 @@ def _train(
     save_tensors(files.weights, model.state_dict())
     details = {name: value for name, value in records[best].items() if name != "metrics_bytes"}
     details |= {"restart": best, "validations": [record["validation"] for record in records]}
-    progress(
-        {
-            "kind": "restart",
-            "number": best + 1,
-            "of": restarts,
-            "value": records[best]["validation"],
-        }
-    )
+    progress({"kind": "restart", "number": best + 1, "of": restarts})
     return model, details, kept
 
 
@@ -189,11 +187,7 @@ def _best(config: TrainConfig, values: list[float | None]) -> int:
     """The number of the best value; the first if none is a number."""
     rising, best = higher_is_better(config), 0
     for number, value in enumerate(values):
-        # NaN is written as null
-        if value is None:
-            continue
-        than = values[best]
-        if than is None or (value > than if rising else value < than):
+        if is_better(value, values[best], rising=rising):
             best = number
     return best
 

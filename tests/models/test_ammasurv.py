@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -15,15 +14,6 @@ from survfuse.batch import Modality, TableBatch
 from survfuse.models.ammasurv import AMMASurv
 from survfuse.models.ammasurv_config import ABLATION, AMMASurvConfig
 from survfuse.models.settings import ModalityConfig
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    # sizes this small spend their time waiting for threads
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("kind", ["exact", "nystrom", "auto"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -17,15 +16,6 @@ from survfuse.models.ammasurv import AMMASurv
 from survfuse.models.ammasurv_config import ABLATION, AMMASurvConfig
 from survfuse.models.ammasurv_layer import Heads, self_attention_of_one_bag
 from survfuse.ops import cross_attention
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    # sizes this small spend their time waiting for threads
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("blocks", ABLATION.values(), ids=ABLATION)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from baseline_cases import CASES, build, inputs_of
@@ -15,15 +13,6 @@ from survfuse.models import FusionModel
 from survfuse.models.registry import model_class
 
 PAIRS = [(case, name) for case, (_, modalities, _) in CASES.items() for name in modalities]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    # sizes this small spend their time waiting for threads
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def logits(model: FusionModel, inputs: dict[str, Modality]) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,15 +18,6 @@ from survfuse.models import HEALNet, HEALNetConfig, ModalityConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from plain_healnet import PlainHEALNet
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    # sizes this small spend their time waiting for threads
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)

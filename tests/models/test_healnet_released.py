@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from healnet_transcription import Released, released_forward, released_parameters
@@ -13,16 +11,6 @@ from survfuse import Ragged
 from survfuse.batch import ArrayBatch, BagBatch, TableBatch
 from survfuse.models.healnet import HEALNet
 from survfuse.models.healnet_config import RELEASED_COHORTS, HEALNetConfig, released_l1
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    # sizes this small spend their time waiting for threads
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
 
 SMALL = Released(
     channel_dims=(11, 6, 3),

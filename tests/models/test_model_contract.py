@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -37,15 +36,6 @@ WEIGHS_NONE = [
     CASES[name]
     for name in ("snn", "mean_pool", "mean_pool of a graph", "multimodn", "multimodn of a graph")
 ]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    # sizes this small spend their time waiting for threads
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def absences(case: Case) -> dict[str, dict[str, Modality]]:

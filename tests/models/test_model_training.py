@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +28,6 @@ CURVE_RTOL = 1e-4
 WITH_BACKEND = {
     name: case for name, case in MODEL_CASES.items() if hasattr(build(case).config, "backend")
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    # sizes this small spend their time waiting for threads
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def rarely_seen() -> tuple[Cohort, Split]:

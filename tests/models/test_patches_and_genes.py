@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from healnet_cases import one_sample, without
@@ -26,15 +24,6 @@ from survfuse.models.survpath import SurvPath
 
 each_variant = pytest.mark.parametrize(("cls", "changes"), VARIANTS.values(), ids=VARIANTS)
 each_model = pytest.mark.parametrize("cls", SMALL)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    # sizes this small spend their time waiting for threads
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @each_variant

@@ -17,15 +17,6 @@ from survfuse.models.subspace_config import BRANCHES
 ALL = pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tensors are tiny here, and threads that wait for each other cost more than they do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def _loss(output) -> Tensor:
     return output.logits["survival"].square().sum() + sum(output.auxiliary.values())
 

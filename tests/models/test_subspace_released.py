@@ -14,15 +14,6 @@ from survfuse.models.subspace_layout import fill_map
 GENES = {"tumor_genes": 5, "immune_genes": ["A", "B", "C", "D", "E", "F", "G"]}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tensors are small here, and threads that wait for each other cost more than they do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def _batch(lengths: list[int], width: int = 12) -> dict:
     ragged = Ragged.from_lengths(lengths)
     present = torch.ones(len(lengths), dtype=torch.bool)
