@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import ClassVar, Protocol, get_args
 
 import numpy as np
@@ -18,18 +19,20 @@ from torch import Tensor
 from survfuse.batch import ArrayBatch, BagBatch, GraphBatch, Modality, TableBatch
 from survfuse.data.bags import Bags
 from survfuse.data.names import shorten
-from survfuse.data.neighbourhood import with_neighbourhood
+from survfuse.data.neighbourhood import surrounded_bags, surrounded_batch
 
 Rows = NDArray[np.int64]
 Device = torch.device | str | None
 
 
 class Change(Protocol):
-    """What training does to a batch, such as leaving patches out."""
+    """What training does to a batch, such as leaving patches out.
 
-    def before(self, modality: Modality) -> Modality: ...
+    The features of a bag are `blocks` equal parts, of which the further ones are means over others
+    of its rows: what all rows of the first gain, all of the others do.
+    """
 
-    def after(self, modality: Modality) -> Modality: ...
+    def __call__(self, modality: Modality, *, blocks: int = 1) -> Modality: ...
 
 
 class BagSource(Protocol):
@@ -119,8 +122,9 @@ class BagModality:
     Attributes:
         bags: the stored bags, one per slide.
         groups: per row the indices of its bags; () where the row has none.
-        neighbourhood: above 0, each patch carries the mean features of the patches at most so many
-            cells away behind its own; bags need coordinates then, and batches are copies.
+        neighbourhood: above 0, each patch carries the mean features of the patches of its bag at
+            most so many cells away behind its own; bags need coordinates then. Up to 1 GiB of them
+            is computed once and held; of more, each batch anew.
     """
 
     kind: ClassVar[str] = "bag"
@@ -180,16 +184,23 @@ class BagModality:
         Args:
             rows: of the cohort.
             device: where the batch goes.
-            change: what is done to the patches before and after neighbourhoods are taken.
+            change: what is done to the patches; those of a neighbourhood are means of all.
         """
         lengths = self.bags.lengths
         groups = [[i for i in self.groups[row] if lengths[i] > 0] for row in rows]
-        batch = self.bags.batch(groups, device=device)
-        if change is not None:
-            batch = change.before(batch)
-        if self.neighbourhood:
-            batch = with_neighbourhood(batch, self.neighbourhood)
-        return batch if change is None else change.after(batch)
+        if not self.neighbourhood:
+            batch = self.bags.batch(groups, device=device)
+        elif self._surrounded is not None:
+            batch = self._surrounded.batch(groups, device=device)
+        else:
+            batch = surrounded_batch(self.bags, groups, self.neighbourhood, device=device)
+        return batch if change is None else change(batch, blocks=2 if self.neighbourhood else 1)
+
+    @cached_property
+    def _surrounded(self) -> Bags | None:
+        lengths = self.bags.lengths
+        used = dict.fromkeys(i for group in self.groups for i in group if lengths[i] > 0)
+        return surrounded_bags(self.bags, list(used), self.neighbourhood)
 
 
 @dataclass(frozen=True, eq=False)

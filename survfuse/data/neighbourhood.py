@@ -2,17 +2,83 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from survfuse.batch import BagBatch
+from survfuse.data.bags import Bags, empty_rows
 from survfuse.patch_cells import patch_cells
 from survfuse.pooling import accumulation_type
 from survfuse.ragged import Ragged
 
+if TYPE_CHECKING:
+    from survfuse.data.modalities import BagSource
+
 # numbers of a dense map held at once, 64 MB in fp32
 _AT_ONCE = 2**24
+# bytes up to which bags with their surroundings are held, computed once
+_HELD = 2**30
+_BAGS_AT_ONCE = 64
+
+
+def surrounded_bags(bags: BagSource, used: Sequence[int], radius: int) -> Bags | None:
+    """Bags with their surroundings, computed once, or None where they take more than 1 GiB.
+
+    Args:
+        bags: with coordinates.
+        used: the bags that are computed, each once; others become empty.
+        radius: cells to each side.
+
+    Raises:
+        ValueError: a bag that is used has no coordinates, or they are not finite.
+    """
+    lengths, starts = torch.zeros_like(bags.lengths), torch.zeros_like(bags.lengths)
+    used = list(used)
+    lengths[used] = bags.lengths[used]
+    starts[used] = lengths[used].cumsum(0) - lengths[used]
+    total, done = int(lengths.sum()), 0
+    features = coords = None
+    for first in range(0, len(used), _BAGS_AT_ONCE):
+        chosen = [[i] for i in used[first : first + _BAGS_AT_ONCE]]
+        part = surrounded_batch(bags, chosen, radius)
+        n_rows, width = part.features.shape
+        if features is None:
+            if total * width * part.features.element_size() > _HELD:
+                return None
+            kind = {"device": part.features.device, "dtype": part.features.dtype}
+            features = empty_rows(total, width, **kind)
+            coords = part.coords.new_empty(total, 2)
+        features[done : done + n_rows] = part.features
+        coords[done : done + n_rows] = part.coords
+        done += n_rows
+    if features is None:
+        return None
+    return Bags(features, lengths, bags.names, coords=coords, starts=starts)
+
+
+def surrounded_batch(
+    bags: BagSource,
+    groups: Sequence[Sequence[int]],
+    radius: int,
+    *,
+    device: torch.device | str | None = None,
+) -> BagBatch:
+    """A minibatch whose patches carry the means of what surrounds them on their own slide.
+
+    Args:
+        bags, groups, device: as in `Bags.batch`.
+        radius: cells to each side.
+    """
+    alone = [[i] for group in groups for i in group]
+    batch = with_neighbourhood(bags.batch(alone, device=device), radius)
+    lengths = bags.lengths
+    sums = [sum(int(lengths[i]) for i in group) for group in groups]
+    ragged = Ragged.from_lengths(sums, device="cpu").to(batch.features.device)
+    return batch._replace(ragged=ragged, present=ragged.lengths > 0)
 
 
 def with_neighbourhood(batch: BagBatch, radius: int, *, name: str = "slides") -> BagBatch:
@@ -35,7 +101,7 @@ def with_neighbourhood(batch: BagBatch, radius: int, *, name: str = "slides") ->
     if ragged.total and (coords is None or not bool(coords.double().isfinite().all())):
         raise ValueError(
             f"the patches of {name!r} have no coordinates, or some that are not finite; a "
-            "neighbourhood needs all of them (data.neighbourhood: 0 asks for none)"
+            "neighbourhood needs all of them (data.patches.neighbourhood: 0 asks for none)"
         )
     features = batch.features[row]
     if ragged.total:

@@ -123,7 +123,7 @@ class PreparedCohort:
         Args:
             rows: [B] row numbers or a mask; repeats allowed.
             device: where the batch goes.
-            change: what is done to tables and bags, before and after neighbourhoods are taken.
+            change: what is done to tables and bags.
 
         Raises:
             ValueError: a row number is out of range.
@@ -135,7 +135,7 @@ class PreparedCohort:
             if name in self._tables:
                 table = self._tables[name]
                 found = TableBatch(table.values[index], table.present[index]).to(device)
-                inputs[name] = found if change is None else change.after(change.before(found))
+                inputs[name] = found if change is None else change(found)
             elif isinstance(source := self.cohort.modalities[name], BagModality):
                 inputs[name] = source.batch(rows, device=device, change=change)
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,11 +90,7 @@ class BagCrossAttention(nn.Module):
             bag,
             self.key_weight,
             self.value_weight,
-            norm_weight=self.bag_norm.weight,
-            norm_bias=self.bag_norm.bias,
-            norm_eps=self.bag_norm.eps,
-            ragged=ragged,
-            scale=self.scale,
+            **self._shared(ragged),
             dropout_p=self.dropout if self.training else 0.0,
             absorb=self.absorb,
             backend=self.backend,
@@ -109,26 +106,42 @@ class BagCrossAttention(nn.Module):
         [total], packed in batch order.
         """
         query = self._queries(latents, bag)
-        shared = {
-            "norm_weight": self.bag_norm.weight,
-            "norm_bias": self.bag_norm.bias,
-            "norm_eps": self.bag_norm.eps,
-            "ragged": ragged,
-            "scale": self.scale,
-        }
-        pooled, lse = tokens_attend_bag_with_lse(
-            query,
-            bag,
-            self.key_weight,
-            self.value_weight,
-            absorb=self.absorb,
-            backend=self.backend,
-            **shared,
-        )
+        pooled, lse = self._pool(query, bag, ragged)
         weights = tokens_attend_bag_weights(
-            query, bag, self.key_weight, lse, reduce="rows", **shared
+            query, bag, self.key_weight, lse, reduce="rows", **self._shared(ragged)
         )
         return self._project(pooled.flatten(2)), weights
+
+    def weights_by_effect(
+        self, latents: Tensor, bag: Tensor, ragged: Ragged | None = None
+    ) -> Tensor:
+        """Every patch's weight, where a head counts by how much what it finds changes the update.
+
+        A head that looks at all patches alike, or makes nothing of what it looks at, says nothing
+        about what a model goes by. A head of a latent counts by `||W_o,h (o_h - m_h)||`, o_h what
+        it found and m_h the mean of its values over the bag; those of a sample sum to 1. Weights
+        are as in `with_weights`, where all heads count the same.
+
+        Returns:
+            [total], packed in batch order; Lq H numbers per patch are held on the way.
+        """
+        query = self._queries(latents, bag)
+        found, lse = self._pool(query, bag, ragged)  # [B, Lq, H, d]
+        # a zero query gives every patch the same weight
+        mean, _ = self._pool(torch.zeros_like(query), bag, ragged)
+        weights = tokens_attend_bag_weights(
+            query, bag, self.key_weight, lse, **self._shared(ragged)
+        )  # [total, Lq, H]
+        project = self.output.weight.unflatten(1, (self.heads, self.head_dim))  # [dim, H, d]
+        moved = (found - mean).to(project.dtype)
+        effect = torch.einsum("bqhd,ohd->bqho", moved, project).norm(dim=-1).flatten(1)
+        total = effect.sum(1, keepdim=True)  # [B, 1]
+        effect = torch.where(total > 0, effect / total, 1.0 / effect.shape[1])
+        if ragged is None:
+            of_patch = effect.repeat_interleave(bag.shape[1], 0)
+        else:
+            of_patch = ragged.per_patch(effect)
+        return (weights.flatten(1) * of_patch).sum(1)
 
     def one_token(self, latents: Tensor, token: Tensor) -> Tensor:
         """The same for a bag of one row per sample, whose weight is always 1.
@@ -152,6 +165,28 @@ class BagCrossAttention(nn.Module):
         # the softmax of one logit is constant: what makes the logit has zero gradient
         idle = [*self.query_norm.parameters(), *self.query.parameters(), self.key_weight]
         return zero_gradients(update, idle)
+
+    def _shared(self, ragged: Ragged | None) -> dict[str, Any]:
+        """What the pooling and its weights are computed with alike."""
+        return {
+            "norm_weight": self.bag_norm.weight,
+            "norm_bias": self.bag_norm.bias,
+            "norm_eps": self.bag_norm.eps,
+            "ragged": ragged,
+            "scale": self.scale,
+        }
+
+    def _pool(self, query: Tensor, bag: Tensor, ragged: Ragged | None) -> tuple[Tensor, Tensor]:
+        """What every head finds, [B, Lq, H, d], without dropout, and lse [B, Lq, H]."""
+        return tokens_attend_bag_with_lse(
+            query,
+            bag,
+            self.key_weight,
+            self.value_weight,
+            absorb=self.absorb,
+            backend=self.backend,
+            **self._shared(ragged),
+        )
 
     def _queries(self, latents: Tensor, bag: Tensor) -> Tensor:
         query = self.query(self.query_norm(latents)).unflatten(2, (self.heads, self.head_dim))

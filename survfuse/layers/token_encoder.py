@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from survfuse.layers.latent_attention import zero_gradients
+
 
 class TokenEncoder(nn.Module):
     """`dropout(relu(W sum_g a_g t_g + b))` with t the tokens behind a transformer.
@@ -33,7 +35,11 @@ class TokenEncoder(nn.Module):
 
     def forward(self, tokens: Tensor, usable: Tensor) -> Tensor:
         """[B, G, dim] to [B, dim]; `usable` [B, G] says which tokens count, at least one each."""
-        tokens = self.transformer(tokens, src_key_padding_mask=~usable)
+        if tokens.shape[0] == 0:
+            # torch's attention cannot shape the mask of no sample
+            tokens = zero_gradients(tokens, list(self.transformer.parameters()))
+        else:
+            tokens = self.transformer(tokens, src_key_padding_mask=~usable)
         hidden = self.drop(self.value(tokens).tanh()) * self.drop(self.gate(tokens).sigmoid())
         scores = self.score(hidden)[..., 0].masked_fill(~usable, -torch.inf)  # [B, G]
         # nothing that counts for nothing is multiplied by its weight of 0

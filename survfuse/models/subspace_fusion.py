@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from survfuse.batch import Modality, ModelOutput
+from survfuse.layers.bag_mean import bag_mean
 from survfuse.models.base import FusionModel, Score, evaluating
 from survfuse.models.gene_consistency import (
     gene_consistency,
@@ -210,13 +211,14 @@ class SubspaceFusion(FusionModel):
         task: str | None = None,
         signed: bool = False,
     ) -> dict[str, dict[str, Tensor]]:
-        """How much each patch adds to a score by each branch, beside the slide's median patch.
+        """How much each patch adds to a score by each branch, beside the slide's mean patch.
 
         Gradient times input: the score of a sample is differentiated with respect to the projected
-        patches of one branch, the other branch's held fixed, and the product of both is summed over
-        channels. It includes what a patch says where it stands and where the attention of others
-        samples it. What all patches of a slide share has no place, so its median is taken off:
-        most patches are near 0, and those that a branch reads stand out.
+        patches of one branch, the other branch's held fixed; what sets a patch apart from the mean
+        of its slide is multiplied with that and summed over channels. To first order it is what the
+        score would lose were the patch like the mean. It includes what a patch says where it stands
+        and where the attention of others samples it. What all patches share has no place, and takes
+        no part.
 
         Args:
             inputs: as for `forward`.
@@ -249,10 +251,10 @@ class SubspaceFusion(FusionModel):
             patches = [out.patches for out in outs.values()]
             gradients = torch.autograd.grad(total, patches)
         for name, value, gradient in zip(outs, patches, gradients, strict=True):
-            added = (value.detach() * gradient).sum(1)
-            parts = added.split(slides.packed.lengths.tolist())
-            centred = torch.cat([part - part.median() for part in parts if len(part)])
-            maps[name] = self._of_batch(centred if signed else centred.abs(), inputs, slides)
+            value, bags = value.detach(), slides.packed
+            apart = value - bags.per_patch(bag_mean(value, bags)).to(value.dtype)
+            added = (apart * gradient).sum(1)
+            maps[name] = self._of_batch(added if signed else added.abs(), inputs, slides)
         return {self.config.bag: maps}
 
     def _of_batch(

@@ -64,9 +64,9 @@ class GenePool(nn.Module):
     def weights(
         self, genes: Tensor, patches: Tensor, attended: Tensor, ragged: Ragged | None = None
     ) -> Tensor:
-        """The weight of each patch, [total] in batch order, the mean over heads; streamed."""
+        """The weight of each patch, [total] in batch order; heads count by what they change."""
         tokens = self._tokens(patches, attended)
-        return self.ask.with_weights(genes[:, None], tokens, ragged)[1]
+        return self.ask.weights_by_effect(genes[:, None], tokens, ragged)
 
     def _tokens(self, patches: Tensor, attended: Tensor) -> Tensor:
         return torch.cat([self.patch_norm(patches), self.attended_norm(attended)], -1)

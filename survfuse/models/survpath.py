@@ -279,9 +279,14 @@ class SurvPath(FusionModel):
         return self._split(self.qkv(self.norm(tokens)))
 
     def _patch_heads(self, features: Tensor, part: Ragged) -> tuple[Tensor, ...]:
-        """Those of the patches of a piece, [n, H, d] each, of the type of the bag."""
+        """Those of the patches of a piece, [n, H, d] each, of the type of the bag.
+
+        fp64 features keep it beside weights that are fp64 too.
+        """
         rows = self.project(features, part)  # [n, dim]
         qkv = self.qkv if self.patch_qkv is None else self.patch_qkv
+        if rows.dtype == torch.float64:
+            rows = rows.to(qkv.weight.dtype)
         norm, kind = self.norm, rows.dtype
         rows = functional.layer_norm(
             rows, norm.normalized_shape, norm.weight.to(kind), norm.bias.to(kind), norm.eps

@@ -43,6 +43,15 @@ def rounds_products(dtype: torch.dtype, isa: str) -> bool:
     return dtype == torch.bfloat16 and chosen == "avx512bf16"
 
 
+def row_type(dtype: torch.dtype, kind: torch.dtype) -> torch.dtype:
+    """The type in which engines that add up in `kind` read and write rows of type `dtype`.
+
+    They know `kind` itself and 16 bits: fp64 rows beside fp32 sums, and fp32 rows beside fp64 sums,
+    are converted for them.
+    """
+    return dtype if dtype.itemsize == 2 else kind
+
+
 def coverage(starts: Tensor, lengths: Tensor, n_rows: int) -> tuple[bool, bool]:
     """Whether bags share rows, and whether they cover every row exactly once."""
     order = starts.argsort()

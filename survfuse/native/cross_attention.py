@@ -19,6 +19,7 @@ from survfuse.native.core import (
     coverage,
     native_core,
     rounds_products,
+    row_type,
     workspace,
 )
 from survfuse.pooling import accumulation_type
@@ -34,13 +35,13 @@ def cross_attention_forward(
     *,
     isa: str = "auto",
 ) -> Attended:
-    """Out of the accumulation type (few queries) or that of the query; lse of that type."""
+    """Out of the accumulation type (few queries) or that of the query's rows; lse of the first."""
     kind = accumulation_type(key.dtype)
     few = few_queries(attention)
     shape = (attention.query_total, query.shape[1])
     # a bag without keys is no work: its results stand here already
     make = torch.zeros if few else torch.empty
-    out = make((*shape, value.shape[2]), dtype=kind if few else query.dtype)
+    out = make((*shape, value.shape[2]), dtype=kind if few else row_type(query.dtype, kind))
     lse = torch.full(shape, -torch.inf, dtype=kind)
     arguments = common_arguments(query, key, value, bias, attention, few, isa)
     arguments.set(out=address(out), out_type=ELEMENT_TYPES[out.dtype], lse=address(lse))
@@ -64,7 +65,7 @@ def cross_attention_backward(
     kind = accumulation_type(key.dtype)
     few = few_queries(attention)
     # wide results of few queries; what long queries were given stays in its type
-    d_out = d_results.out.to(kind if few else query.dtype).contiguous()
+    d_out = d_results.out.to(kind if few else row_type(query.dtype, kind)).contiguous()
     mean = None
     if few:
         # rounded as the kernel's products round it: the two must cancel
@@ -130,7 +131,7 @@ def common_arguments(
     kind = accumulation_type(key.dtype)
     a = Arguments()
     shared = query.dim() == 2
-    query = query if not few or query.dtype == kind else query.to(kind)
+    query = query.to(kind if few else row_type(query.dtype, kind))
     bias = None if bias is None else bias.to(kind).contiguous()
     mean, rstd = (
         None if tensor is None else tensor.to(kind).contiguous()
@@ -175,7 +176,7 @@ def make_gradients(likes, needs, long, side, kind) -> tuple[dict[str, Tensor | N
     """
     n_rows = likes[long[0]].shape[0]
     overlapping, covering = coverage(side.starts, side.lengths, n_rows)
-    d_long_type = kind if overlapping else likes[long[0]].dtype
+    d_long_type = kind if overlapping else row_type(likes[long[0]].dtype, kind)
     gradients = {}
     for (name, like), need in zip(likes.items(), needs, strict=True):
         of_long = name in long or (name == "bias" and "key" in long)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from survfuse.attention import Attended, Attention
-from survfuse.native.core import ELEMENT_TYPES, address, native_core, rounds_products
+from survfuse.native.core import ELEMENT_TYPES, address, native_core, rounds_products, row_type
 from survfuse.native.cross_attention import (
     Arguments,
     Norm,
@@ -30,10 +30,10 @@ def spread_tokens_forward(
     *,
     isa: str = "auto",
 ) -> Attended:
-    """Out of the type of the values, lse of that of accumulation."""
-    heads = keys.shape[1]
-    out = torch.empty((pooling.total, heads, values.shape[3]), dtype=values.dtype)
-    lse = torch.empty((pooling.total, heads), dtype=accumulation_type(bag.dtype))
+    """Out of the type of the values, as rows are written; lse of that of accumulation."""
+    heads, kind = keys.shape[1], accumulation_type(bag.dtype)
+    out = torch.empty((pooling.total, heads, values.shape[3]), dtype=row_type(values.dtype, kind))
+    lse = torch.empty((pooling.total, heads), dtype=kind)
     arguments = _arguments(keys, values, bag, key_bias, pooling, isa)[0]
     arguments.set(out=address(out), out_type=ELEMENT_TYPES[out.dtype], lse=address(lse))
     native_core().cross_attention_forward(arguments.values)
@@ -60,7 +60,7 @@ def spread_tokens_backward(
     likes = {"query": bag, "key": packed_keys, "value": packed_values, "bias": bias}
     order = (needs.bag, needs.keys, needs.values, needs.key_bias)
     gradients, options = make_gradients(likes, order, ("query",), pooling.ragged, kind)
-    d_out = d_results.out.contiguous()
+    d_out = d_results.out.to(row_type(values.dtype, kind)).contiguous()
     run_backward(arguments, d_results.lse, lse, d_out, None, gradients, options)
     d_keys, d_values, d_bias = (
         None

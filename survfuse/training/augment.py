@@ -20,20 +20,18 @@ class Augmentation(NamedTuple):
 
     settings: AugmentConfig
 
-    def before(self, modality: Modality) -> Modality:
-        """What is done before the neighbourhoods of patches are taken, which share it."""
-        if isinstance(modality, TableBatch) and self.settings.table_dropout:
+    def __call__(self, modality: Modality, *, blocks: int = 1) -> Modality:
+        """The modality changed; see `survfuse.data.modalities.Change` for `blocks`."""
+        settings = self.settings
+        if isinstance(modality, TableBatch) and settings.table_dropout:
             # the remaining columns grow, so that sums over them keep their size
-            values = torch.nn.functional.dropout(modality.values, self.settings.table_dropout)
+            values = torch.nn.functional.dropout(modality.values, settings.table_dropout)
             return modality._replace(values=values)
-        if isinstance(modality, BagBatch) and self.settings.slide_shift:
-            return shift_slides(modality, self.settings.slide_shift)
-        return modality
-
-    def after(self, modality: Modality) -> Modality:
-        """What is done behind that: a patch that is left out is still in the means of others."""
-        if isinstance(modality, BagBatch) and self.settings.patch_dropout:
-            return drop_patches(modality, self.settings.patch_dropout)
+        if isinstance(modality, BagBatch):
+            if settings.patch_dropout:
+                modality = drop_patches(modality, settings.patch_dropout)
+            if settings.slide_shift:
+                modality = shift_slides(modality, settings.slide_shift, blocks=blocks)
         return modality
 
 
@@ -52,17 +50,21 @@ def drop_patches(batch: BagBatch, fraction: float) -> BagBatch:
     return batch._replace(features=batch.features[row], ragged=ragged, coords=coords)
 
 
-def shift_slides(batch: BagBatch, size: float) -> BagBatch:
-    """Every patch of a bag moved by one random vector, as another scanner or stain would."""
+def shift_slides(batch: BagBatch, size: float, *, blocks: int = 1) -> BagBatch:
+    """Every patch of a bag moved by one random vector, as another scanner or stain would.
+
+    The vector moves each of `blocks` equal parts of the features; its size goes by the first.
+    """
     ragged, features = batch.ragged, batch.features
     if ragged.total == 0:
         return batch
     row = ragged.rows()
     rows = features[row]
     # in units of the spread of each feature over the patches of the batch
-    spread = rows.float().std(0, correction=0)
-    shift = torch.randn(ragged.n_bags, features.shape[1], device=features.device)
-    shift = (size * shift * spread).to(features.dtype)
+    own = features.shape[1] // blocks
+    spread = rows[:, :own].float().std(0, correction=0)
+    shift = torch.randn(ragged.n_bags, own, device=features.device)
+    shift = (size * shift * spread).to(features.dtype).repeat(1, blocks)
     coords = None if batch.coords is None else batch.coords[row]
     return batch._replace(
         features=rows + ragged.per_patch(shift), ragged=ragged.packed(), coords=coords

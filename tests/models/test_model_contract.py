@@ -81,6 +81,19 @@ def test_every_parameter_has_a_gradient(case: Case) -> None:
 
 
 @each_case
+def test_a_batch_of_nobody(case: Case) -> None:
+    """As a loader may hand out at the end of a shard: empty logits, zero gradients."""
+    model = build(case)
+    output = model(pick(mixed(case), []))
+    for task, width in OUTPUTS.items():
+        assert output.logits[task].shape == (0, width)
+    loss(output).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
+
+
+@each_case
 def test_what_is_stored_where_nothing_is_changes_nothing(case: Case) -> None:
     """Rows that are no sample's, and bags that `present` denies, may hold anything."""
     model, inputs = build(case).eval(), mixed(case)
@@ -135,6 +148,10 @@ def test_evaluation_repeats_itself(case: Case) -> None:
     assert all(logits.dtype == torch.float32 for logits in output.logits.values())
     for task, logits in model(inputs).logits.items():
         torch.testing.assert_close(output.logits[task], logits, rtol=0.03, atol=0.03)
+    # as numpy hands them out, beside weights that are not
+    output = model(as_type(inputs, torch.float64))
+    for task, logits in model(inputs).logits.items():
+        torch.testing.assert_close(output.logits[task], logits, rtol=1e-4, atol=1e-5)
     double = build(case).double().eval()
     assert all(
         x.dtype == torch.float64 for x in double(as_type(inputs, torch.float64)).logits.values()

@@ -50,12 +50,12 @@ def test_each_bag_keeps_its_share_of_distinct_patches_of_its_own() -> None:
 def test_a_slide_moves_as_a_whole_and_tables_lose_columns() -> None:
     settings = AugmentConfig(slide_shift=0.5, table_dropout=0.4)
     given = bags([40, 0, 1])
-    slides = Augmentation(settings).before(given)
+    slides = Augmentation(settings)(given)
     moved = slides.features - given.features[3:]
     torch.testing.assert_close(moved[:40], moved[:1].expand(40, -1), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(moved[0], moved[40])
     assert slides.ragged.lengths.tolist() == [40, 0, 1]
-    values = Augmentation(settings).before(TableBatch(torch.ones(3, 50), torch.ones(3) > 0)).values
+    values = Augmentation(settings)(TableBatch(torch.ones(3, 50), torch.ones(3) > 0)).values
     assert set(values.unique().tolist()) == {0.0, float(torch.tensor(1 / 0.6))}
     assert 30 < int((values == 0).sum()) < 90
 
@@ -63,16 +63,16 @@ def test_a_slide_moves_as_a_whole_and_tables_lose_columns() -> None:
 def test_nothing_asked_changes_nothing() -> None:
     for given in (bags([4, 2]), TableBatch(torch.ones(3, 5), torch.ones(3) > 0)):
         nothing = Augmentation(AugmentConfig())
-        assert nothing.after(nothing.before(given)) is given
+        assert nothing(given) is given
 
 
 def test_empty_bags_and_other_types() -> None:
     settings = AugmentConfig(patch_dropout=0.5, slide_shift=1.0)
     change = Augmentation(settings)
-    assert change.after(change.before(bags([0, 0]))).ragged.total == 0
+    assert change(bags([0, 0])).ragged.total == 0
     half = bags([4, 2])
     half = half._replace(features=half.features.bfloat16(), coords=None)
-    found = change.after(change.before(half))
+    found = change(half)
     assert found.features.dtype == torch.bfloat16
     assert found.coords is None
 
@@ -104,6 +104,31 @@ def test_neighbourhoods_are_those_of_all_patches_and_move_with_them() -> None:
     mean = (stored.features.mean(0) + moved).expand(32, -1)
     torch.testing.assert_close(found.features[:, 2:], mean)
     assert modality.channels == 4
+
+
+def test_neighbourhoods_end_at_the_slide_and_are_the_same_held_or_not(monkeypatch) -> None:
+    coords = torch.tensor([[0, 0], [256, 0], [0, 256], [0, 0], [256, 0], [512, 0]])
+    rows = torch.randn(6, 2)
+    # a bag that nobody has may lack its coordinates
+    stored = Bags(
+        torch.cat([rows, torch.randn(2, 2)]),
+        [3, 3, 2],
+        ["a", "b", "c"],
+        coords=torch.cat([coords.double(), torch.full((2, 2), float("nan"))]),
+    )
+    expected = torch.cat([rows[:3].mean(0).expand(3, -1), rows[3:6].mean(0).expand(3, -1)])
+    for limit in (2**30, 0):
+        monkeypatch.setattr("survfuse.data.neighbourhood._HELD", limit)
+        modality = BagModality(stored, ((1, 0), (), (1,)), neighbourhood=3)
+        found = modality.batch(np.array([0, 1, 2]))
+        assert found.ragged.lengths.tolist() == [6, 0, 3]
+        assert found.present.tolist() == [True, False, True]
+        order = torch.tensor([3, 4, 5, 0, 1, 2, 3, 4, 5])
+        features = found.features[found.ragged.rows()]
+        torch.testing.assert_close(features, torch.cat([rows, expected], 1)[order])
+        assert torch.equal(found.coords[found.ragged.rows()], coords[order].double())
+    with pytest.raises(ValueError, match="have no coordinates, or some that are not finite"):
+        BagModality(stored, ((2,),), neighbourhood=3).batch(np.array([0]))
 
 
 def test_a_trained_model_finds_neighbourhoods_in_new_cohorts(tmp_path: Path) -> None:
