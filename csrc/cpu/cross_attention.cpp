@@ -22,6 +22,16 @@ int64_t round_to(int64_t n, int64_t step) { return (n + step - 1) / step * step;
 
 bool is_double(const CrossAttentionParams& in) { return in.key.type == ElementType::kFloat64; }
 
+// Rows are written in the type of accumulation or in 16 bits; another would be memory misread.
+void check_written(const char* name, ElementType type, const CrossAttentionParams& in) {
+  const ElementType own = is_double(in) ? ElementType::kFloat64 : ElementType::kFloat32;
+  if (type != own && type != ElementType::kBFloat16 && type != ElementType::kFloat16)
+    throw std::invalid_argument(
+        std::string(name) + " is " +
+        (is_double(in) ? "fp32 beside fp64 keys" : "fp64 beside other keys") +
+        "; rows are written in the type of the sums, or in 16 bits");
+}
+
 CrossAttentionEngine choose_engine(const CrossAttentionParams& in) {
   const CpuIsa isa = in.isa == CpuIsa::kAuto ? best_isa() : in.isa;
   if (!isa_available(isa))
@@ -221,10 +231,12 @@ int64_t cross_attention_workspace(const CrossAttentionParams& in) {
 }
 
 void cross_attention_forward_cpu(const CrossAttentionForward& p) {
+  check_written("out", p.out_type, p.in);
   is_double(p.in) ? run_forward<double>(p) : run_forward<float>(p);
 }
 
 void cross_attention_backward_cpu(const CrossAttentionBackward& p) {
+  check_written("the long side's gradient", p.d_long_type, p.in);
   is_double(p.in) ? run_backward<double>(p) : run_backward<float>(p);
 }
 

@@ -120,3 +120,18 @@ def test_types_beside_each_other(op: str, backend: str) -> None:
             for gradient, wanted in zip(gradients, exact, strict=True):
                 assert gradient.dtype == wanted.dtype
                 torch.testing.assert_close(gradient, wanted, **close, msg=message)
+
+
+def test_the_native_core_refuses_what_it_cannot_write() -> None:
+    """Whoever calls the launchers with other types is told, instead of losing memory."""
+    from survfuse.native.core import ELEMENT_TYPES, address, native_core
+    from survfuse.native.spread_tokens import _arguments
+    from survfuse.ops.registration import make_pooling
+
+    bag, keys = torch.randn(73, 6), torch.randn(3, 1, 2, 6)
+    out, lse = torch.empty(73, 1, 6, dtype=torch.float64), torch.empty(73, 1)
+    pooling = make_pooling(RAGGED, 1.0, None, None, 0.0, None)
+    arguments = _arguments(keys, keys, bag, None, pooling, "auto")[0]
+    arguments.set(out=address(out), out_type=ELEMENT_TYPES[out.dtype], lse=address(lse))
+    with pytest.raises(ValueError, match="out is fp64 beside other keys; rows are written in"):
+        native_core().cross_attention_forward(arguments.values)
