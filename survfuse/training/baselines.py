@@ -38,12 +38,17 @@ def baseline_config(config: TrainConfig, name: str, modalities: list[str]) -> Tr
                 f'evaluation.baselines holds "{name}"; the modalities are {", ".join(modalities)}'
             )
         data = dataclasses.replace(config.data, modalities=(rest,))
+        single = config.evaluation.single_models.get(rest)
+        if single is not None:
+            config = other_model(config, single)
         config = dataclasses.replace(config, data=data)
     else:
         config = other_model(config, ModelConfig(name=kind, preset=rest or None))
     return dataclasses.replace(
         config,
-        evaluation=dataclasses.replace(config.evaluation, baselines=(), missing=(), figures=False),
+        evaluation=dataclasses.replace(
+            config.evaluation, baselines=(), single_models={}, missing=(), figures=False
+        ),
         title=name,
     )
 
@@ -69,9 +74,21 @@ def baseline_configs(config: TrainConfig, modalities: list[str]) -> dict[str, Tr
     """Every baseline that is trained, by name; those "unimodal_by_patient" is made of come along.
 
     Raises:
-        ConfigError: a baseline does not fit the modalities, or would have the name of the run.
+        ConfigError: a baseline does not fit the modalities, or would have the name of the run; a
+            single model is of no modality, or of none that is asked for.
     """
     names = list(config.evaluation.baselines)
+    for name in config.evaluation.single_models:
+        if name not in modalities:
+            raise ConfigError(
+                f'evaluation.single_models holds "{name}"; the modalities are '
+                f"{', '.join(modalities)}"
+            )
+        if UNIMODAL not in names and f"only:{name}" not in names:
+            raise ConfigError(
+                f'evaluation.single_models holds "{name}", but evaluation.baselines holds neither '
+                f'"only:{name}" nor "{UNIMODAL}"'
+            )
     if UNIMODAL in names:
         if len(modalities) < 2:
             raise ConfigError(

@@ -358,6 +358,8 @@ class EvaluationConfig:
             own folder below it: any that `model.name` may be, also as "<name>:<preset>";
             "only:<modality>", the run's own model given one modality; and "unimodal_by_patient",
             made of those: each patient's risk is the mean over the modalities the patient has.
+        single_models: by modality, the model of its "only:" baseline in place of the run's own,
+            which may need several modalities.
         missing: ways to withhold modalities from the test patients who have all, each scored with
             the trained models: "only:<modality>", "only:<modality>+<modality>", and "half": of half
             of the patients the tables, of the others all else.
@@ -369,6 +371,7 @@ class EvaluationConfig:
     level: float = 0.95
     seed: int = 0
     baselines: tuple[str, ...] = ()
+    single_models: dict[str, ModelConfig] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
     figures: bool = True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -56,6 +57,7 @@ def check(config: TrainConfig) -> None:
         )
     _check_patches_and_groups(config)
     _check_baselines(config.evaluation.baselines)
+    _check_single_models(config.evaluation.single_models)
     _check_missing(config)
     if not config.training.seeds:
         raise ValueError("training.seeds is empty; it must hold at least one integer")
@@ -115,6 +117,14 @@ def _check_baselines(baselines: tuple[str, ...]) -> None:
             raise ValueError(f'evaluation.baselines holds "{name}": {error}') from None
     if len(set(baselines)) != len(baselines):
         raise ValueError(f"evaluation.baselines is {list(baselines)}; they must differ")
+
+
+def _check_single_models(models: Mapping[str, ModelConfig]) -> None:
+    for name, model in models.items():
+        try:
+            _check_preset(model)
+        except ValueError as error:
+            raise ValueError(f"evaluation.single_models.{name}: {error}") from None
 
 
 def _check_missing(config: TrainConfig) -> None:

@@ -205,7 +205,13 @@ def plan_run(config: TrainConfig, loaded: LoadedCohort) -> RunPlan:
         if name.startswith("only:"):
             reduced = loaded.cohort.only(baseline.data.modalities)
             given = prepare(baseline, reduced, folds[0].split)
-        check_model(baseline, given)
+        try:
+            check_model(baseline, given)
+        except ConfigError as error:
+            hint = ""
+            if name.startswith("only:") and baseline.model.name == config.model.name:
+                hint = "; evaluation.single_models names another model for a modality alone"
+            raise ConfigError(f'baseline "{name}": {error}{hint}') from None
     return RunPlan(device, folds, baselines, first)
 
 

@@ -13,6 +13,7 @@ from training_cases import given_split, small_cohort, small_config
 from survfuse.evaluation.predictions import Predictions
 from survfuse.training import ConfigError, fit
 from survfuse.training.baselines import baseline_config, training_rank, unimodal_by_patient
+from survfuse.training.config_files import parse_config
 from survfuse.training.missing import complete_rows, withheld
 
 BASELINES = ["unimodal_by_patient", "mean_pool:default", "clinical_cox"]
@@ -69,6 +70,52 @@ def test_a_patient_with_one_modality_has_the_rank_by_it(result, cohort) -> None:
     mean = (ranks["genes"] + ranks["slides"]) / 2
     np.testing.assert_allclose(found.test.risk[both], mean[both])
     assert training_rank(np.array([2.0]), np.array([])).tolist() == [0.5]
+
+
+SINGLE = {
+    "genes": {"name": "snn", "settings": {"widths": [4]}},
+    "slides": {"name": "abmil", "settings": {"dim": 4, "hidden": 3}},
+}
+
+
+def test_models_that_need_both_are_compared_with_others_of_one(cohort, tmp_path: Path) -> None:
+    model = {"name": "mcat", "settings": {"dim": 4, "encoder_heads": 2}}
+
+    def config(**evaluation):
+        given = small_config(**QUICK, evaluation={"baselines": BASELINES[:1], **evaluation})
+        values = {**given.to_dict(), "model": model}
+        return parse_config(values)
+
+    with pytest.raises(
+        ConfigError, match=r'baseline "only:slides".*evaluation\.single_models names'
+    ):
+        fit(config(), tmp_path / "own", cohort=cohort, split=given_split())
+    assert not (tmp_path / "own").exists()
+    run = fit(config(single_models=SINGLE), tmp_path / "run", cohort=cohort, split=given_split())
+    assert list(run.baselines) == ["only:genes", "only:slides", "unimodal_by_patient"]
+    models = [run.baselines[name].config.model.name for name in run.baselines]
+    assert models[:2] == ["snn", "abmil"]
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "message"),
+    [
+        ({"single_models": {"rna": SINGLE["genes"]}}, 'holds "rna"; the modalities are genes'),
+        ({"single_models": SINGLE, "baselines": ["only:genes"]}, 'holds neither "only:slides"'),
+    ],
+)
+def test_single_models_that_nobody_asked_for(
+    cohort, tmp_path: Path, evaluation: dict, message: str
+) -> None:
+    config = small_config(evaluation={"baselines": BASELINES[:1], **evaluation})
+    with pytest.raises(ConfigError, match=message):
+        fit(config, tmp_path / "run", cohort=cohort, split=given_split())
+
+
+def test_single_models_have_presets_that_exist() -> None:
+    wrong = {"genes": {"name": "snn", "preset": "huge"}}
+    with pytest.raises(ConfigError, match=r"evaluation.single_models.genes: .*huge"):
+        small_config(evaluation={"baselines": ["only:genes"], "single_models": wrong})
 
 
 def test_designs_score_the_complete_test_patients_without_what_is_withheld(result, cohort) -> None:
