@@ -87,7 +87,7 @@ def test_models_that_need_both_are_compared_with_others_of_one(cohort, tmp_path:
         return parse_config(values)
 
     with pytest.raises(
-        ConfigError, match=r'baseline "only:slides".*evaluation\.single_models names'
+        ConfigError, match=r'"only:slides".*evaluation\.single_models names'
     ):
         fit(config(), tmp_path / "own", cohort=cohort, split=given_split())
     assert not (tmp_path / "own").exists()
