@@ -41,6 +41,9 @@ def surrounded_bags(bags: BagSource, used: Sequence[int], radius: int) -> Bags |
     lengths[used] = bags.lengths[used]
     starts[used] = lengths[used].cumsum(0) - lengths[used]
     total, done = int(lengths.sum()), 0
+    if total * 2 * bags.width * 2 > _HELD:
+        # too much in 16 bits already: nothing is computed to find out
+        return None
     features = coords = None
     for first in range(0, len(used), _BAGS_AT_ONCE):
         chosen = [[i] for i in used[first : first + _BAGS_AT_ONCE]]

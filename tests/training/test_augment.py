@@ -127,6 +127,13 @@ def test_neighbourhoods_end_at_the_slide_and_are_the_same_held_or_not(monkeypatc
         features = found.features[found.ragged.rows()]
         torch.testing.assert_close(features, torch.cat([rows, expected], 1)[order])
         assert torch.equal(found.coords[found.ragged.rows()], coords[order].double())
+    # a batch is computed of what it holds, not of all bags
+    asked = []
+    monkeypatch.setattr(stored, "batch", lambda groups, **_: asked.append(groups) or found)
+    monkeypatch.setattr("survfuse.data.neighbourhood.with_neighbourhood", lambda batch, _: batch)
+    modality.batch(np.array([2]))
+    assert asked == [[[1]]]
+    monkeypatch.undo()
     with pytest.raises(ValueError, match="have no coordinates, or some that are not finite"):
         BagModality(stored, ((2,),), neighbourhood=3).batch(np.array([0]))
 

@@ -86,9 +86,7 @@ def test_models_that_need_both_are_compared_with_others_of_one(cohort, tmp_path:
         values = {**given.to_dict(), "model": model}
         return parse_config(values)
 
-    with pytest.raises(
-        ConfigError, match=r'"only:slides".*evaluation\.single_models names'
-    ):
+    with pytest.raises(ConfigError, match=r'"only:slides".*evaluation\.single_models names'):
         fit(config(), tmp_path / "own", cohort=cohort, split=given_split())
     assert not (tmp_path / "own").exists()
     run = fit(config(single_models=SINGLE), tmp_path / "run", cohort=cohort, split=given_split())
