@@ -21,14 +21,7 @@ from tests.layers.deformable_cases import (
     sparse_bags,
 )
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tensors are tiny here, and threads that wait for each other cost more than they do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_without_offsets_points_lie_on_the_centres_of_coarse_cells() -> None:

@@ -10,14 +10,7 @@ from survfuse.layers import DeformableCrossAttention
 from tests.layers.deformable_cases import DIM, make_layer, maps
 from tests.layers.deformable_numpy import deformable_cross_attention
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tensors are tiny here, and threads that wait for each other cost more than they do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(

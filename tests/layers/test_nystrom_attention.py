@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -15,14 +14,7 @@ from survfuse import Ragged
 from survfuse.layers import NystromSelfAttention
 from survfuse.layers.nystrom_attention import pseudo_inverse, segment_means
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    # sizes this small spend their time waiting for threads
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def layer(**changes: object) -> NystromSelfAttention:
