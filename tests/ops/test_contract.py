@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import zlib
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,12 @@ from torch import Tensor
 from survfuse.native.core import CPU_ISAS, native_core
 from survfuse.ops.backends import backend_obstacle
 from tests.ops.contract import CASES, FAR_CASE, OPS, TARGETS, WIDE_CASES, Call, Case, Op
-from tests.ops.tolerance import assert_within_budget
+from tests.ops.tolerance import (
+    Compared,
+    assert_draws_within_budget,
+    assert_within_budget,
+    nearby,
+)
 
 IDS = {"ids": lambda value: getattr(value, "name", str(value))}
 
@@ -112,17 +118,21 @@ def check_budget(op: Op, backend: str, device: str, case: Case) -> None:
     for dtype, wide in itertools.product(dtypes(backend, device), (False, True)):
         if wide and torch.finfo(dtype).bits >= 32:
             continue
-        call = made.to(dtype, device, wide=wide)
-        # the exact result of the very numbers this type holds
-        exact_call = call.to(torch.float64)
-        exact = [r for part in grads_and_results(op, exact_call, "reference") for r in part]
-        plain_call = call.to(dtype)
-        plain = [r for part in _differentiate(plain_call, op.plain(plain_call)) for r in part]
-        got = [r for part in grads_and_results(op, call, backend) for r in part]
-        names = [f"result {i}" for i in range(len(got) - len(call.tensors))]
-        names += [f"gradient of {name}" for name in call.tensors]
-        for name, g, p, e in zip(names, got, plain, exact, strict=True):
-            assert_within_budget(f"{name} in {dtype}", g, p, e, dtype)
+
+        def draw(k: int, dtype=dtype, wide: bool = wide) -> Iterator[Compared]:
+            near = made.with_tensors(nearby(made.tensors, k))
+            call = near.to(dtype, device, wide=wide)
+            # the exact result of the very numbers this type holds
+            exact_call, plain_call = call.to(torch.float64), call.to(dtype)
+            exact = itertools.chain(*grads_and_results(op, exact_call, "reference"))
+            plain = itertools.chain(*_differentiate(plain_call, op.plain(plain_call)))
+            got = list(itertools.chain(*grads_and_results(op, call, backend)))
+            names = [f"result {i}" for i in range(len(got) - len(call.tensors))]
+            names += [f"gradient of {name}" for name in call.tensors]
+            labels = [f"{name} in {dtype}" for name in names]
+            return zip(labels, got, plain, exact, strict=True)
+
+        assert_draws_within_budget(draw, dtype)
 
 
 NATIVE_OPS = [op for op in OPS if "native" in op.backends and "attend" not in op.name]
@@ -149,13 +159,20 @@ def test_dropout_draws_the_same_mask_everywhere(op, backend, device, case) -> No
     if device == "cuda":
         pytest.skip("the device's generator draws another seed than the CPU's")
     dtype = dtypes(backend, device)[0]
-    call, exact_call = (op.make(case).to(kind) for kind in (dtype, torch.float64))
-    outs = []
-    for c, b in ((exact_call, "reference"), (call, "reference"), (call, backend)):
-        torch.manual_seed(11)
-        outs.append(itertools.chain(*grads_and_results(op, c, b, dropout_p=0.4)))
-    for exact, plain, got in zip(*outs, strict=True):
-        assert_within_budget("with dropout", got, plain, exact, dtype)
+
+    made = op.make(case)
+
+    def draw(k: int) -> Iterator[Compared]:
+        near, outs = made.with_tensors(nearby(made.tensors, k)), []
+        for name, kind in ((backend, dtype), ("reference", dtype), ("reference", torch.float64)):
+            torch.manual_seed(11)
+            call = near.to(kind)
+            outs.append(itertools.chain(*grads_and_results(op, call, name, dropout_p=0.4)))
+        each = enumerate(zip(*outs, strict=True))
+        return ((f"{i} with dropout", *compared) for i, compared in each)
+
+    assert_draws_within_budget(draw, dtype)
+    call = made.to(dtype)
     torch.manual_seed(11)
     dropped, kept = op.function(call, backend, dropout_p=0.4)[0], op.function(call, backend)[0]
     assert not torch.equal(torch.nan_to_num(dropped), torch.nan_to_num(kept))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -29,7 +30,12 @@ from tests.ops.position_biased import (
     use_isa,
 )
 from tests.ops.test_contract import dtypes
-from tests.ops.tolerance import assert_within_budget
+from tests.ops.tolerance import (
+    Compared,
+    assert_draws_within_budget,
+    assert_within_budget,
+    nearby,
+)
 
 EACH_CASE = pytest.mark.parametrize("case", CASES, ids=str)
 BOTH_BIASES = pytest.mark.parametrize("case", [EXACT_CASES[2], TABLE_CASES[1]], ids=str)
@@ -51,14 +57,18 @@ def _one_thread_and_nan_in_fresh_memory():
 def check_budget(case: Case, backend: str, device: str) -> None:
     made = make(case)
     for dtype in dtypes(backend, device):
-        call = made.to(dtype, device)
-        # the exact result of the very numbers this type holds
-        exact_call, plain_call = call.to(torch.float64, "cpu"), call.to(dtype, "cpu")
-        exact = differentiate(exact_call, exact_call.run("reference"))
-        yardstick = differentiate(plain_call, plain(plain_call))
-        got = differentiate(call, call.run(backend))
-        for name, g, p, e in zip(names(call), got, yardstick, exact, strict=True):
-            assert_within_budget(f"{name} in {dtype}", g, p, e, dtype)
+
+        def draw(k: int, dtype=dtype) -> Iterator[Compared]:
+            call = Call(nearby(made.tensors, k), made.options).to(dtype, device)
+            # the exact result of the very numbers this type holds
+            exact_call, plain_call = call.to(torch.float64, "cpu"), call.to(dtype, "cpu")
+            exact = differentiate(exact_call, exact_call.run("reference"))
+            yardstick = differentiate(plain_call, plain(plain_call))
+            got = differentiate(call, call.run(backend))
+            labels = [f"{name} in {dtype}" for name in names(call)]
+            return zip(labels, got, yardstick, exact, strict=True)
+
+        assert_draws_within_budget(draw, dtype)
 
 
 @EACH_CASE
