@@ -12,6 +12,9 @@ import torch
 if not torch.cuda.is_available():
     # Triton's interpreter must be asked for before the first kernel is defined
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    from tests.interpreter import quicken
+
+    quicken()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
