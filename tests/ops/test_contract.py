@@ -153,7 +153,8 @@ def test_native_on_every_instruction_set(op: Op, case: Case, isa: str, monkeypat
 
 @pytest.mark.parametrize(
     ("op", "backend", "device", "case"),
-    product_of(CASES[:6], only=lambda op, backend: op.has_dropout),
+    # how far from zero features lie is nothing to a mask
+    product_of((*CASES[:3], CASES[5]), only=lambda op, backend: op.has_dropout),
 )
 def test_dropout_draws_the_same_mask_everywhere(op, backend, device, case) -> None:
     if device == "cuda":
@@ -178,7 +179,14 @@ def test_dropout_draws_the_same_mask_everywhere(op, backend, device, case) -> No
     assert not torch.equal(torch.nan_to_num(dropped), torch.nan_to_num(kept))
 
 
-@pytest.mark.parametrize(("op", "backend", "device", "case"), product_of([CASES[5], CASES[11]]))
+@pytest.mark.parametrize(
+    ("op", "backend", "device", "case"),
+    # the interpreter runs one program after the other: nothing there could come in another order
+    product_of(
+        [CASES[5], CASES[11]],
+        only=lambda op, backend: backend != "triton" or torch.cuda.is_available(),
+    ),
+)
 def test_same_call_twice_is_bitwise_equal(op, backend, device, case) -> None:
     call = op.make(case).to(dtypes(backend, device)[-1], device)
     first, second = (grads_and_results(op, call, backend) for _ in range(2))
@@ -290,7 +298,8 @@ def test_opcheck(op, backend, device) -> None:
 
 @pytest.mark.parametrize(
     ("op", "backend", "device"),
-    [marked(op, *t) for op in OPS for t in targets(op) if t[0] != "triton" or t[1] == "cuda"],
+    # the compiler sees one opaque op, behind which the backend is chosen
+    [marked(op, *t) for op in OPS for t in targets(op) if t[0] == "tiled" or t[1] == "cuda"],
 )
 def test_compiles_as_one_graph_for_every_length(op, backend, device) -> None:
     torch._dynamo.reset()
