@@ -16,6 +16,8 @@ EPSILONS = 4.0
 FP64_RELATIVE = 1e-12
 # inputs like the first, where that is over its budget, and how far from it
 MORE_DRAWS, NEARBY = 7, 1e-3
+# so many of all these may be over the budgets of their own
+OVER = 2
 
 # name, ours, plain torch, exact
 Compared = tuple[str, Tensor, Tensor, Tensor]
@@ -42,16 +44,19 @@ def assert_draws_within_budget(draw: Callable[[int], Iterable[Compared]], dtype)
 
     The error of one formula on one input may be anything between nothing and its bound: it changes
     with the order of the sums, so from one processor to the next. Where ours is over the budget
-    that plain torch's error sets, both are judged by their greatest on eight inputs like this one.
+    that plain torch's error sets, both are judged by their greatest on eight inputs like this one,
+    of which most must be within their own budgets: what is worse than the formula is so on most.
     """
     first = {name: _errors(name, *rest, dtype) for name, *rest in draw(0)}
-    open_ = {name: [errors] for name, errors in first.items() if not _within([errors])}
-    for k in range(1, 1 + MORE_DRAWS if open_ else 1):
+    over = {name: [errors] for name, errors in first.items() if not _within([errors])}
+    for k in range(1, 1 + MORE_DRAWS if over else 1):
         for name, *rest in draw(k):
-            if name in open_:
-                open_[name].append(_errors(name, *rest, dtype))
-    for name, errors in open_.items():
+            if name in over:
+                over[name].append(_errors(name, *rest, dtype))
+    for name, errors in over.items():
         _judge(name, errors)
+        n_over = sum(not _within([each]) for each in errors)
+        assert n_over <= OVER, f"{name}: over its budget on {n_over} of {len(errors)} inputs"
 
 
 def _errors(name: str, got: Tensor, plain: Tensor, exact: Tensor, dtype) -> tuple[float, float]:
