@@ -24,12 +24,7 @@ every_subset = pytest.mark.parametrize("blocks", SUBSETS, ids="+".join)
 both = pytest.mark.parametrize("backend", ["reference", "tiled"])
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(excluded: bool = True) -> tuple[BlockSide, BlockSide]:

@@ -72,24 +72,7 @@ def _differentiate(call: Call, results: tuple[Tensor, ...]):
     return [r.detach() for r in results], list(gradients)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tensors are tiny here, and threads that wait for each other cost more than they do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def _nan_in_fresh_memory():
-    """Memory handed out by torch.empty holds NaN, so that a result nobody wrote is seen."""
-    torch.use_deterministic_algorithms(True)
-    before = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.utils.deterministic.fill_uninitialized_memory = before
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("one_thread", "nan_in_fresh_memory")
 
 
 @pytest.mark.parametrize(("op", "backend", "device", "case"), product_of(CASES))

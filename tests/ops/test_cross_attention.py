@@ -36,12 +36,7 @@ streamed = pytest.mark.parametrize("backend", BACKENDS)
 every_backend = pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 CALL = {

@@ -43,24 +43,7 @@ every_form = pytest.mark.parametrize("form", FORMS)
 IDS = {"ids": lambda value: getattr(value, "name", str(value))}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tensors are tiny here."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def nan_in_fresh_memory():
-    """Memory handed out by torch.empty holds NaN, so that a result nobody wrote is seen."""
-    before = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.utils.deterministic.fill_uninitialized_memory = before
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def dtypes(backend: str, device: str) -> tuple[torch.dtype, ...]:

@@ -42,16 +42,7 @@ BOTH_BIASES = pytest.mark.parametrize("case", [EXACT_CASES[2], TABLE_CASES[1]], 
 MODULE = importlib.import_module("survfuse.ops.position_biased_attention")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread_and_nan_in_fresh_memory():
-    threads, fill = torch.get_num_threads(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.utils.deterministic.fill_uninitialized_memory = fill
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread", "nan_in_fresh_memory")
 
 
 def check_budget(case: Case, backend: str, device: str) -> None:

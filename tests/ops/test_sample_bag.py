@@ -26,15 +26,7 @@ SPECIAL = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _nan_in_fresh_memory():
-    """Memory handed out by torch.empty holds NaN, so that a result nobody wrote is seen."""
-    torch.use_deterministic_algorithms(True)
-    before = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.utils.deterministic.fill_uninitialized_memory = before
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
 
 
 def make(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -20,16 +18,7 @@ shapes = pytest.importorskip("survfuse.triton_kernels.pool_bag_shapes")
 ROUTES = ("narrow", "wide")
 
 
-@pytest.fixture(autouse=True)
-def _nan_in_fresh_memory() -> Iterator[None]:
-    """Workspace and results start as NaN: what is read before it is written shows."""
-    before = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.utils.deterministic.fill_uninitialized_memory = before
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
 
 
 @pytest.fixture
