@@ -153,11 +153,7 @@ struct CrossAttentionBackwardKernel {
 
   // Takes the rounding of lse out of a row's weights; returns the mean of their gradients.
   static Acc normalize_row(Acc* weights, const Acc* grads, Acc* softmax, int64_t n) {
-    Acc mean = 0, total = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      mean += weights[i] == 0 ? 0 : weights[i] * grads[i];
-      total += softmax[i];
-    }
+    const Acc mean = weighted_sum(weights, grads, n), total = row_sum(softmax, n);
     if (total == 0) return 0;
     for (int64_t i = 0; i < n; ++i) weights[i] /= total;
     for (int64_t i = 0; softmax != weights && i < n; ++i) softmax[i] /= total;
@@ -213,12 +209,8 @@ struct CrossAttentionBackwardKernel {
           grads[i] = scores[i] * (grads[i] - t.mean[i]) + scores[i] * t.top[i];
       }
       // a weight of 0 has no gradient, even where that of lse is infinite
-      Acc total = 0;
-      for (int64_t i = 0; i < n; ++i) {
-        if (t.sum[i] == 0) grads[i] = 0;
-        total += grads[i];
-      }
-      d_bias[r] += total;
+      for (int64_t i = 0; i < n; ++i) grads[i] = t.sum[i] == 0 ? 0 : grads[i];
+      if (p.d_bias) d_bias[r] += row_sum(grads, n);
     }
   }
 

@@ -62,9 +62,8 @@ struct CrossAttentionForwardKernel {
     for (int64_t r = 0; r < t.n_short; ++r) {
       Acc* scores = t.scores + r * t.ld_scores;
       Acc &max = slot.second[h * t.n_short + r], &sum = slot.third[h * t.n_short + r];
-      Acc top = max;
       t.finish_logits(scores, row, n);
-      for (int64_t i = 0; i < n; ++i) top = scores[i] > top ? scores[i] : top;
+      const Acc top = row_max(scores, n, max);
       if (top > max) {
         const Acc factor = sum == 0 ? 0 : std::exp(max - top);
         sum *= factor;
@@ -77,7 +76,7 @@ struct CrossAttentionForwardKernel {
       } else {
         exp_row(scores, top, n, scores);
       }
-      for (int64_t i = 0; i < n; ++i) sum += scores[i];
+      sum += row_sum(scores, n);
       if (in.dropout_p > 0)
         Dropout<Acc>(in.seed, in.dropout_p)
             .apply(bag, r * in.n_heads + h, 0, position, 1, n, scores);

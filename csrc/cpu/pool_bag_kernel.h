@@ -108,8 +108,7 @@ struct PoolBagKernel {
   // One row's softmax step: scores become the weights of this tile, the running state moves on.
   static void weigh(const PoolBagParams& in, int64_t bag, int64_t r, int64_t position, int64_t n,
                     int64_t dim, Scratch& s, Acc* scores) {
-    Acc top = s.max[r];
-    for (int64_t i = 0; i < n; ++i) top = scores[i] > top ? scores[i] : top;
+    const Acc top = row_max(scores, n, s.max[r]);
     if (top > s.max[r]) {
       if (s.sum[r] != 0) {
         const Acc factor = std::exp(s.max[r] - top);
@@ -126,13 +125,11 @@ struct PoolBagKernel {
     } else {
       exp_row(scores, top, n, scores);
     }
-    Acc sum = 0, weight_sum = 0;
-    for (int64_t i = 0; i < n; ++i) sum += scores[i];
+    const Acc sum = row_sum(scores, n);
+    Acc weight_sum = sum;
     if (in.dropout_p > 0) {
       drop(in, bag, r, position, n, scores);
-      for (int64_t i = 0; i < n; ++i) weight_sum += scores[i];
-    } else {
-      weight_sum = sum;
+      weight_sum = row_sum(scores, n);
     }
     s.sum[r] += sum;
     s.weight_sum[r] += weight_sum;
@@ -159,8 +156,7 @@ struct PoolBagKernel {
       dots<P>(s.rows, dim, n_rows, x, ldx, n, dim, s.scores, lds, x != s.tile);
       dots<P>(d_pooled, dim, n_rows, x, ldx, n, dim, s.grads, lds);
       for (int64_t r = 0; r < n_rows; ++r) score_gradient(p, item.bag, r, row, position, n, lds, s);
-      for (int64_t r = 0; r < n_rows; ++r)
-        for (int64_t i = 0; i < n; ++i) s.sum[r] += s.grads[r * lds + i];
+      for (int64_t r = 0; r < n_rows; ++r) s.sum[r] += row_sum(s.grads + r * lds, n);
       if (p.d_bias) add_bias_gradient(p, row, n, lds, s);
       if (p.d_rows) {
         scale_weights(in, n, lds, s.grads, s.weights);

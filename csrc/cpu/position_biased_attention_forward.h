@@ -79,13 +79,13 @@ struct BiasedForwardKernel {
       std::fill(row + t.n_keys, row + t.tile, -infinity);
       T& highest = top[o * kBlockRows + i];
       const T before = highest;
-      highest = std::max(before, row_max(row));
+      highest = row_max(row, t.tile, before);
       // where nothing is included so far, subtract 0 and not -inf
       const T shift = highest == -infinity ? T(0) : highest;
       exp_row(row, shift, t.tile, row);
       const T factor = before == -infinity ? T(0) : std::exp(before - shift);
       T& total = sum[o * kBlockRows + i];
-      total = total * factor + row_sum(row);
+      total = total * factor + row_sum(row, t.tile);
       if (t.in.dropout_p > 0) {
         const T* kept = t.mask + (o * kBlockRows + i) * t.tile;
         for (int64_t j = 0; j < t.tile; j += kLanes<T>)
@@ -101,23 +101,6 @@ struct BiasedForwardKernel {
     else
       accumulate<P>(weights, t.tile, t.n, values_of, t.value_dim, t.tile, t.value_dim, rows,
                     t.value_dim);
-  }
-
-  T row_max(const T* row) const {
-    Vec<T> most = load(row);
-    for (int64_t j = kLanes<T>; j < t.tile; j += kLanes<T>) {
-      const Vec<T> x = load(row + j);
-      most = x > most ? x : most;
-    }
-    T highest = most[0];
-    for (int i = 1; i < kLanes<T>; ++i) highest = std::max(highest, T(most[i]));
-    return highest;
-  }
-
-  T row_sum(const T* row) const {
-    Vec<T> total = load(row);
-    for (int64_t j = kLanes<T>; j < t.tile; j += kLanes<T>) total += load(row + j);
-    return horizontal_sum<T>(total);
   }
 
   void write(const BiasedForward& p, int64_t packed) const {
