@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "cpu/cpu_features.h"
+#include "cpu/parallel.h"
 #include "cross_attention.h"
 #include "device.h"
 #include "gated_attention_pool.h"
@@ -221,6 +222,7 @@ py::dict machine_info() {
   py::dict info;
   info["cpu_isa"] = isa_name(best_isa());
   info["amx_bf16"] = has_amx_bf16();
+  info["threads"] = has_team() ? "OpenMP" : "own";
 #if SURVFUSE_WITH_CUDA
   const CudaStatus status = cuda_status();
   info["cuda_runtime"] = status.runtime_version;

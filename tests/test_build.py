@@ -272,7 +272,7 @@ def test_build_info(core: ModuleType) -> None:
 
 def test_machine_info(core: ModuleType) -> None:
     info = core.machine_info()
-    assert {"cpu_isa", "amx_bf16"} <= set(info)
+    assert {"cpu_isa", "amx_bf16", "threads"} <= set(info)
     assert info["cpu_isa"] in core.build_info()["cpu_isas"]
     best = CPU_ISAS.index(info["cpu_isa"])
     assert core.cpu_isa_available(best)

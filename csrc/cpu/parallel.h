@@ -1,36 +1,39 @@
-// Threads of our own: no second OpenMP runtime in the process, nothing that a fork could break.
+// Loops over independent items on several threads.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
-#include <thread>
-#include <vector>
 
 namespace survfuse {
+
+// Calls work(context) on at most n_threads threads at a time, on this one among them, and returns
+// when all are done. How often it is called is not said: once at least.
+void run_team(void (*work)(void*), void* context, int n_threads);
+
+// Whether those are threads of an OpenMP runtime, or our own.
+bool has_team();
 
 // Calls fn(item, thread) for every item in [0, n); threads take the next item as they become free.
 // Results may not depend on which thread takes which item.
 template <class Fn>
 void parallel_for(int64_t n, int n_threads, const Fn& fn) {
-  if (n_threads > n) n_threads = static_cast<int>(n);
-  if (n_threads <= 1) {
+  if (n <= 1 || n_threads <= 1) {
     for (int64_t i = 0; i < n; ++i) fn(i, 0);
     return;
   }
-  std::atomic<int64_t> next{0};
-  const auto work = [&](int thread) {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) fn(i, thread);
+  struct Job {
+    const Fn& fn;
+    int64_t n;
+    std::atomic<int64_t> next{0};
+    std::atomic<int> threads{0};
+  } job{fn, n};
+  const auto work = [](void* context) {
+    Job& job = *static_cast<Job*>(context);
+    const int thread = job.threads.fetch_add(1, std::memory_order_relaxed);
+    for (int64_t i; (i = job.next.fetch_add(1, std::memory_order_relaxed)) < job.n;)
+      job.fn(i, thread);
   };
-  // started per call: about 15 us each, and neither a fork nor an exit can find one running
-  std::vector<std::thread> threads;
-  threads.reserve(n_threads - 1);
-  try {
-    for (int t = 1; t < n_threads; ++t) threads.emplace_back(work, t);
-  } catch (...) {
-    // no more threads to be had: the ones that started and this one do the work
-  }
-  work(0);
-  for (auto& thread : threads) thread.join();
+  run_team(work, &job, n_threads);
 }
 
 }  // namespace survfuse

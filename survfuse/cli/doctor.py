@@ -172,7 +172,11 @@ def _native() -> list[Finding]:
     isas = ", ".join(info.get("cpu_isas", [])) or "none"
     runs = info.get("cpu_isa")
     found = f"compiler {info.get('compiler', 'unknown')}; built for {isas}"
-    cpu = Finding("native CPU", "yes", found + (f"; this machine runs {runs}" if runs else ""))
+    found += f"; this machine runs {runs}" if runs else ""
+    found += {"OpenMP": ", on torch's threads", "own": ", on threads of its own"}.get(
+        info.get("threads", ""), ""
+    )
+    cpu = Finding("native CPU", "yes", found)
     return [cpu, _native_cuda(info)]
 
 
