@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from survfuse.layers.bag_mean import bag_mean
+from survfuse.layers.dropout import Dropout
 from survfuse.layers.latent_attention import zero_gradients
 from survfuse.ops import cross_attention, cross_attention_with_lse
 from survfuse.pooling import accumulation_type
@@ -88,7 +89,7 @@ class NystromSelfAttention(nn.Module):
         self.landmarks, self.iterations, self.backend = landmarks, iterations, backend
         self.query_key_value = nn.Linear(dim, 3 * heads * dim_head, bias=False)
         self.output = nn.Linear(heads * dim_head, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.residual = None
         if residual_kernel is not None:
             self.residual = nn.Parameter(torch.empty(heads, residual_kernel))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from survfuse.layers.dropout import dropout, dropped, rounded
 from survfuse.layers.streaming import stream
 from survfuse.ops import (
     merge_attention,
@@ -24,7 +25,8 @@ class PatchProjection(nn.Linear):
         bag_dim: width of the bag D.
         dim: width of the result.
         activation: "relu" or "none".
-        dropout: probability with which a number of the result is dropped in training.
+        dropout: probability with which a number of the result is dropped in training, rounded to
+            a multiple of 2^-16.
 
     Raises:
         ValueError: `activation` is unknown.
@@ -40,18 +42,18 @@ class PatchProjection(nn.Linear):
 
     def forward(self, bag: Tensor, ragged: Ragged) -> Tensor:
         """[total, dim] of the type of the bag, of [T, D] and its ranges."""
-        dropout = self.dropout if self.training else 0.0
         if self.activation == "none":
             rows = project_bag(bag, self.weight, self.bias, ragged=ragged)
-            return functional.dropout(rows, dropout)
+            return dropout(rows, self.dropout, self.training)
         if torch.compiler.is_compiling():
             # a compiler decides itself what it keeps
             rows = project_bag(bag, self.weight, self.bias, ragged=ragged)
-            return functional.dropout(functional.relu(rows), dropout)
+            return dropout(functional.relu(rows), self.dropout, self.training)
+        p = rounded(self.dropout) if self.training else 0.0
         # what is not dropped is scaled by way of the weights, which commutes with the rectifier
-        weight, bias = (p / (1.0 - dropout) for p in (self.weight, self.bias))
+        weight, bias = (w / (1.0 - p) for w in (self.weight, self.bias))
         rows = project_bag(bag, weight, bias, ragged=ragged)
-        return ReluDropout.apply(rows, dropout)
+        return ReluDropout.apply(rows, p)
 
 
 class ReluDropout(torch.autograd.Function):
@@ -62,10 +64,10 @@ class ReluDropout(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, dropout: float) -> Tensor:
+    def forward(ctx, x: Tensor, p: float) -> Tensor:
         out = functional.relu(x)
-        if dropout > 0:
-            out.masked_fill_(torch.empty_like(x, dtype=torch.bool).bernoulli_(dropout), 0.0)
+        if p > 0:
+            out.masked_fill_(dropped(x, p), 0.0)
         ctx.save_for_backward(out)
         return out
 
@@ -100,7 +102,7 @@ class ProjectedBagAttention(nn.Module):
         *,
         heads: int = 1,
         dropout: float = 0.0,
-        recompute: str = "none",
+        recompute: bool = False,
         piece_rows: int | None = None,
         backend: str | None = None,
     ) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from survfuse.layers.dropout import Dropout
 from survfuse.layers.feed_forward import GatedFeedForward
 from survfuse.layers.nystrom_attention import nystrom_attention, segment_means
 from survfuse.models.ammasurv_config import AMMASurvConfig
@@ -70,7 +71,7 @@ class Side(nn.Module):
                 activation=config.ff_activation,
                 dropout=config.ff_dropout,
             )
-        self.dropout = nn.Dropout(config.ff_dropout)
+        self.dropout = Dropout(config.ff_dropout)
 
     def project(self, normed: Tensor) -> Heads:
         """Of normalised tokens [..., dim]."""

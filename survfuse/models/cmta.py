@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from survfuse.batch import Modality, ModelOutput
 from survfuse.layers.bilinear_fusion import BilinearFusion, ConcatFusion
+from survfuse.layers.dropout import Dropout
 from survfuse.layers.latent_attention import zero_gradients
 from survfuse.layers.nystrom_encoder import NystromEncoder
 from survfuse.layers.projected_attention import PatchProjection
@@ -270,7 +271,7 @@ class PatchLayers(nn.Module):
         self.first = PatchProjection(width, widths[0], dropout=dropout)
         self.rest = nn.Sequential(
             *(
-                nn.Sequential(nn.Linear(before, after), nn.ReLU(), nn.Dropout(dropout))
+                nn.Sequential(nn.Linear(before, after), nn.ReLU(), Dropout(dropout))
                 for before, after in pairwise(widths)
             )
         )
