@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
-# registers the operations whose results are kept
-import survfuse.ops  # noqa: F401
 from survfuse.ragged import Ragged
 
 # rows of a piece: long enough for a product of matrices to run at full speed, short enough that
@@ -21,26 +19,19 @@ _ROWS_ON_DEVICE = 16384
 _NUMBERS = 2**20
 
 
-RECOMPUTE = ("none", "light", "all")
-# results that a light recomputation keeps: they cost most, and are narrow
-_KEPT = (torch.ops.survfuse.project_bag.default, torch.ops.survfuse.cross_attention.default)
-
-
 def stream(
     run: Callable[[Ragged], tuple[Tensor, ...]],
     bag: Tensor,
     ragged: Ragged,
     *,
-    recompute: str = "none",
+    recompute: bool = False,
     rows: int | None = None,
 ) -> list[tuple[Tensor, ...]]:
     """`run` on successive pieces of a batch of bags.
 
     What only one piece needs, forward and backward, exists for one piece at a time. What `run`
-    keeps for its backward is up to `recompute`: "none" keeps all of it for every piece; "all"
-    keeps nothing, and runs every piece a second time in the backward; "light" keeps what projected
-    the bag and what attention gave, and computes the rest a second time. Dropout draws the same
-    numbers both times.
+    keeps for its backward is kept for every piece or, with `recompute`, not at all: every piece is
+    run a second time in the backward.
 
     There is one piece, kept, where the bag itself is trained (its gradient, as large as the bag,
     would be made once per piece) and under `torch.compile` (a loop would compile one graph per
@@ -51,7 +42,7 @@ def stream(
             read parameters and tensors of its surroundings; gradients reach them.
         bag: [T, D], what `run` reads; only its device and whether it is trained matter here.
         ragged: the ranges of all bags.
-        recompute: one of the above.
+        recompute: run every piece a second time in the backward.
         rows: of a piece; None for what suits the device.
 
     Returns:
@@ -60,21 +51,34 @@ def stream(
     if torch.compiler.is_compiling() or bag.requires_grad:
         return [run(ragged)]
     parts = pieces(ragged, rows or default_rows(bag))
-    if len(parts) == 1 or recompute == "none" or not torch.is_grad_enabled():
+    if len(parts) == 1 or not recompute:
         return [run(part) for part in parts]
-    keep = {}
-    if recompute == "light":
-        keep["context_fn"] = partial(create_selective_checkpoint_contexts, list(_KEPT))
-    device = bag.device.type
+    return [recomputed(run, part, device=bag.device) for part in parts]
+
+
+def recomputed(run: Callable[..., Any], *arguments: Any, device: torch.device) -> Any:
+    """`run(*arguments)`, of which the arguments alone are kept; the backward runs it again.
+
+    Dropout draws the same numbers both times. Without gradients, or under `torch.compile`, which
+    decides itself what it keeps, this is the plain call.
+
+    Args:
+        run: may read parameters and tensors of its surroundings; gradients reach them.
+        arguments: of `run`.
+        device: where it works.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return run(*arguments)
     # weights that autocast casts once and remembers would be cast anew in the backward, where an
     # operation too many is mistaken for another computation
+    kind = device.type
     with torch.autocast(
-        device,
-        dtype=torch.get_autocast_dtype(device),
-        enabled=torch.is_autocast_enabled(device),
+        kind,
+        dtype=torch.get_autocast_dtype(kind),
+        enabled=torch.is_autocast_enabled(kind),
         cache_enabled=False,
     ):
-        return [checkpoint(run, part, use_reentrant=False, **keep) for part in parts]
+        return checkpoint(run, *arguments, use_reentrant=False)
 
 
 def default_rows(bag: Tensor, width: int | None = None) -> int:

@@ -206,7 +206,7 @@ class MCAT(FusionModel):
             width,
             heads=config.attention_heads,
             dropout=config.patch_dropout,
-            recompute="all" if config.recompute else "none",
+            recompute=config.recompute,
             piece_rows=config.piece_rows,
             backend=config.backend,
         )

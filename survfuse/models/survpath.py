@@ -13,13 +13,13 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from survfuse.batch import Modality, ModelOutput
 from survfuse.layers.bag_mean import bag_mean
+from survfuse.layers.dropout import Dropout
 from survfuse.layers.latent_attention import zero_gradients
 from survfuse.layers.projected_attention import PatchProjection
-from survfuse.layers.streaming import RECOMPUTE, stream
+from survfuse.layers.streaming import recomputed, stream
 from survfuse.models.base import FusionModel, evaluating
 from survfuse.models.config import ModelConfig, Presets
 from survfuse.models.heads import TaskHeads
@@ -45,9 +45,12 @@ from survfuse.ops import (
     merge_attention,
 )
 from survfuse.ops.backends import plain_backend
+from survfuse.ops.project_bag import form_heads
 from survfuse.ragged import Ragged
 
 __all__ = ["SurvPath", "SurvPathConfig"]
+
+RECOMPUTE = ("none", "light", "all")
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,9 @@ class SurvPathConfig(ModelConfig):
         dropout: probability inside the feed-forward.
         shared_qkv: one projection makes queries, keys and values of both sides; False: one each.
         hidden: width of the layer in front of the heads.
-        recompute: what is computed a second time in the backward instead of being kept: "none",
-            "light" or "all"; see `survfuse.layers.streaming.stream`.
+        recompute: what of the patches is computed a second time in the backward instead of being
+            kept: "none", "light" (the feed-forward, which holds more than all else and costs
+            little) or "all".
         piece_rows: patches of a piece; None for what suits the device.
         backend: of the ops; None for the fastest that can serve the call.
 
@@ -160,7 +164,7 @@ class SurvPath(FusionModel):
             nn.LayerNorm(inner),
             nn.Linear(inner, inner),
             nn.GELU(),
-            nn.Dropout(config.dropout),
+            Dropout(config.dropout),
             nn.Linear(inner, inner),
             nn.LayerNorm(inner),
         )
@@ -256,15 +260,18 @@ class SurvPath(FusionModel):
             own = cross_attention(
                 q, key, value, bias=bias, query_ragged=packed, backend=backend
             )  # [n, H, d]
-            rows = self.feed_forward(own.flatten(1).to(query.dtype))  # [n, inner]
-            mean = bag_mean(rows, packed, backend=backend)  # [B, inner]
+            own = own.flatten(1).to(query.dtype)  # [n, inner]
+            if self.config.recompute == "light":
+                mean = recomputed(self._mean, own, packed, device=own.device)
+            else:
+                mean = self._mean(own, packed)
             return read, lse, mean * part.lengths[:, None]
 
         found = stream(
             run,
             bag.features,
             bag.ragged,
-            recompute=self.config.recompute,
+            recompute=self.config.recompute == "all",
             rows=self.config.piece_rows,
         )
         total = torch.stack([part for _, _, part in found]).sum(0)
@@ -273,6 +280,10 @@ class SurvPath(FusionModel):
         there = bag.present[:, None, None]
         read = [(out, torch.where(there, lse, -torch.inf)) for out, lse, _ in found]
         return read, mean.to(query.dtype)
+
+    def _mean(self, own: Tensor, ragged: Ragged) -> Tensor:
+        """The mean [B, inner] of what comes of the rows of every bag [n, inner]."""
+        return bag_mean(self.feed_forward(own), ragged, backend=self.config.backend)
 
     def _token_heads(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values of the pathways, [B, G, H, d] each."""
@@ -287,11 +298,17 @@ class SurvPath(FusionModel):
         qkv = self.qkv if self.patch_qkv is None else self.patch_qkv
         if rows.dtype == torch.float64:
             rows = rows.to(qkv.weight.dtype)
-        norm, kind = self.norm, rows.dtype
-        rows = functional.layer_norm(
-            rows, norm.normalized_shape, norm.weight.to(kind), norm.bias.to(kind), norm.eps
-        )
-        return self._split(functional.linear(rows, qkv.weight.to(kind)))
+        parts = form_heads(
+            qkv.weight.unflatten(0, (3 * self.config.heads, -1)),
+            None,
+            bag=rows,
+            norm_weight=self.norm.weight,
+            norm_bias=self.norm.bias,
+            norm_eps=self.norm.eps,
+            bias=None,
+            ragged=part.packed(),
+        )  # [n, 3 H, d]
+        return parts.unflatten(1, (3, -1)).unbind(1)
 
     def _split(self, x: Tensor) -> tuple[Tensor, ...]:
         return x.unflatten(-1, (3, self.config.heads, -1)).unbind(-3)
