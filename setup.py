@@ -10,7 +10,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,8 +31,6 @@ ISA_FLAGS = {
 }
 CXX_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC"]
 CXX_FLAGS += ["-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
-# dlopen's library has been part of the C library for some years, but not where wheels are built
-LINK_FLAGS = ["-pthread", *(["-ldl"] if sys.platform == "linux" else [])]
 NVCC_FLAGS = [
     *("-std=c++17", "-O3", "-lineinfo", "--compiler-options", "-fPIC,-fvisibility=hidden"),
     # a quarter of the size; architectures side by side
@@ -116,8 +113,8 @@ class BuildNative(build_ext):
         output.parent.mkdir(parents=True, exist_ok=True)
         link = [*os.environ.get("CXX", "c++").split(), "-shared", *objects, "-o", str(output)]
         if nvcc:
-            link += [f"-L{cuda_library_dir(nvcc)}", "-lcudart_static", "-lrt"]
-        run([*link, *LINK_FLAGS])
+            link += [f"-L{cuda_library_dir(nvcc)}", "-lcudart_static", "-lrt", "-ldl"]
+        run([*link, "-pthread"])
 
 
 def isa_flags(path: Path) -> list[str]:
