@@ -24,7 +24,7 @@ from .model_cases import CASES, OURS, PLAIN, SLIDE, ModelCase, hazard_loss, logi
 from .peers import free_memory
 from .shapes import DTYPES
 
-LENGTHS = {"5k": 5_000, "20k": 20_000, "100k": 100_000}
+LENGTHS = {"2k": 2_000, "5k": 5_000, "20k": 20_000, "100k": 100_000}
 DIM, SMOKE_DIM, SMOKE_PATCHES = 1024, 32, 60
 # largest relative error of the logits
 TOLERANCE = {"fp32": 1e-3, "bf16": 1e-1}
