@@ -8,6 +8,7 @@ import datetime
 import functools
 import math
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Callable
@@ -75,8 +76,9 @@ def device_name(device: str) -> str:
         if line.startswith("model name"):
             model = line.split(":", 1)[1].strip()
             break
-    isa = torch.backends.cpu.get_cpu_capability().lower()
-    return f"{model.replace(' ', '-').lower()}-{isa}-{torch.get_num_threads()}-threads"
+    isa = torch.backends.cpu.get_cpu_capability()
+    name = f"{model} {isa} {torch.get_num_threads()} threads".lower()
+    return "-".join(re.findall(r"[a-z0-9.]+", re.sub(r"\((r|tm)\)", "", name)))
 
 
 def versions() -> dict[str, str | int]:
