@@ -154,8 +154,10 @@ def obstacle(
         # the first call warms up; the quicker one is nearer to what a step takes
         calls = [measured_once(model, inputs, kind, device) for _ in range(2)]
         took.append(min(seconds for _, seconds in calls))
-    needed = calls[-1][0] * PARTS[-1] ** (2 if name in case.all_pairs else 1)
-    seconds = extrapolated(*took)
+    needed, seconds = calls[-1][0], took[-1]
+    if not case.fixed_size:
+        needed *= PARTS[-1] ** (2 if name in case.all_pairs else 1)
+        seconds = extrapolated(*took)
     if needed > MEMORY_SHARE * free_memory(device):
         return f"would need about {needed / 1e9:.0f} GB"
     if seconds > MOST_SECONDS[device]:
