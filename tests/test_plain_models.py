@@ -182,3 +182,8 @@ class TestRaces:
         assert obstacle(160) == "would need about 16 GB"
         case = replace(case, all_pairs=(PLAIN,))
         assert obstacle(160) == "would need about 128 GB"
+        # a map of one size needs no more for more patches
+        case = replace(case, all_pairs=(), fixed_size=True)
+        assert obstacle(160) == "a step would take about 0 minutes"
+        monkeypatch.setattr(bench_models, "measured_once", lambda *_: (15e9, 0.0))
+        assert obstacle(160) == "would need about 15 GB"

@@ -127,8 +127,9 @@ class SurvPath(FusionModel):
 
     Cost:
         For N patches and G pathways, of width D: 2 N D dim + 6 N dim inner + 8 N G inner
-        operations forward. Nothing of the length of the bag is kept with `recompute`, at the price
-        of one more forward.
+        operations forward. Kept are N (dim + 4 inner) numbers with `recompute` "light", at the
+        price of one more feed-forward; nothing of the length of the bag with "all", at that of one
+        more forward.
 
     Example:
         >>> import torch

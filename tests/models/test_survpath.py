@@ -38,6 +38,25 @@ def test_plain_baseline_computes_the_same(heads: int, recompute: str) -> None:
         PlainSurvPath(apart)(inputs)
 
 
+def test_recomputing_keeps_less() -> None:
+    def kept(recompute: str) -> int:
+        """Bytes that are held for the backward, parameters and inputs among them."""
+        model, found = small(SurvPath, recompute=recompute), {}
+
+        def pack(x: torch.Tensor) -> torch.Tensor:
+            found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            held.append(x)
+            return x
+
+        held: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            model(inputs)
+        return sum(found.values())
+
+    inputs = all_inputs()
+    assert kept("all") < kept("light") < kept("none")
+
+
 def test_an_absent_pathway_takes_no_weight() -> None:
     """It is no key of a logit 0 beside the others: the sample is as if it had never been known."""
     tables = {"rna": ("table", 6, {"a": (0, 1), "b": (1, 2, 3)}), "slide": ("bag", 12)}
