@@ -54,10 +54,15 @@ class GeneTokens(nn.Module):
             SelfNormalizingNetwork(len(columns), widths, activation=activation, dropout=dropout)
             for _, _, columns in groups
         )
-        for i, (_, _, columns) in enumerate(groups):
+        for i, table in enumerate(self._tables):
+            mine = [columns for name, _, columns in groups if name == table]
             # which columns is part of the configuration, not of the weights
-            index = torch.tensor(columns, dtype=torch.int64)
-            self.register_buffer(f"columns_{i}", index, persistent=False)
+            index = torch.tensor([column for columns in mine for column in columns])
+            self.register_buffer(f"columns_{i}", index.to(torch.int64), persistent=False)
+
+    @property
+    def _tables(self) -> list[str]:
+        return list(dict.fromkeys(table for table, _ in self.names))
 
     def forward(self, inputs: Mapping[str, Modality], n_samples: int) -> GroupTokens:
         """Tokens of the tables in `inputs`; the groups of a table that is not there are absent.
@@ -66,22 +71,39 @@ class GeneTokens(nn.Module):
             inputs: checked by `survfuse.models.inputs.encode_inputs`.
             n_samples: B.
         """
-        tokens, present = [], []
+        columns, there = self._columns(inputs, n_samples)
+        rows = columns.split([network[0][0].in_features for network in self.networks], 1)
+        # Layer by layer: what acts on one number at a time does so on those of all groups, which
+        # spares hundreds of pathways most of their small operations.
+        for layers in zip(*self.networks, strict=True):
+            hidden = torch.stack([linear(x) for (linear, *_), x in zip(layers, rows)], 1)
+            for function in layers[0][1:]:
+                hidden = function(hidden)  # [B, G, width]
+            rows = hidden.unbind(1)
+        present = torch.stack([there[table] for table, _ in self.names], 1)
+        return GroupTokens(torch.where(present[..., None], hidden, 0.0), present)
+
+    def _columns(
+        self, inputs: Mapping[str, Modality], n_samples: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The columns of all groups side by side, zeros where they are absent, and who has them.
+
+        Those of a table that is not there at all are zeros too: its networks stay in the graph,
+        and their gradients are zeros, not missing.
+        """
         weight = self.networks[0][0][0].weight
-        for i, ((table, _), network) in enumerate(zip(self.names, self.networks)):
+        parts, there = [], {}
+        for i, table in enumerate(self._tables):
+            index = getattr(self, f"columns_{i}")
             if table in inputs:
-                there, values = inputs[table].present, inputs[table].values
+                there[table] = inputs[table].present
                 # an absent row may hold anything: it is replaced before any product
-                values = torch.where(there[:, None], values, 0.0).to(weight.dtype)
-                token = network(values[:, getattr(self, f"columns_{i}")])
-                token = torch.where(there[:, None], token, 0.0)
+                values = torch.where(there[table][:, None], inputs[table].values, 0.0)
+                parts.append(values.to(weight.dtype)[:, index])
             else:
-                there = torch.zeros(n_samples, dtype=torch.bool, device=weight.device)
-                # keeps the network in the graph: its gradients are zeros, not missing
-                token = network(weight.new_zeros(n_samples, network[0][0].in_features)) * 0.0
-            tokens.append(token)
-            present.append(there)
-        return GroupTokens(torch.stack(tokens, 1), torch.stack(present, 1))
+                there[table] = index.new_zeros(n_samples, dtype=torch.bool)
+                parts.append(weight.new_zeros(n_samples, len(index)))
+        return torch.cat(parts, 1), there
 
 
 def gene_groups(

@@ -169,9 +169,10 @@ def _normalized(x: Tensor, eps: float, operand: torch.dtype) -> tuple[Tensor, Te
     # torch's kernel computes x * rstd - mean * rstd, which loses digits where |mean| >> std
     centered = x - x.mean(-1, keepdim=True)
     # once more: what rounding left of a large mean is common to all columns of the row
-    centered = centered - centered.mean(-1, keepdim=True)
-    rstd = (centered.square().mean(-1) + eps).rsqrt()
-    return centered * rstd[..., None], rstd
+    centered -= centered.mean(-1, keepdim=True)
+    norm = torch.linalg.vector_norm(centered, dim=-1)
+    rstd = (norm.square() / x.shape[-1] + eps).rsqrt()
+    return centered.mul_(rstd[..., None]), rstd
 
 
 def tile_logits(a: Tensor, x: Tensor, row_bias: Tensor | None, scale: float) -> Tensor:
@@ -215,9 +216,13 @@ def _score_gradients(
 
 
 def normalize_gradient(d_x_hat: Tensor, x_hat: Tensor, rstd: Tensor) -> Tensor:
-    first = d_x_hat.mean(-1, keepdim=True)
-    second = (d_x_hat * x_hat).mean(-1, keepdim=True)
-    return rstd[..., None] * (d_x_hat - first - x_hat * second)
+    """That of the rows, of the gradient of their normalised ones [B, n, D] and factors [B, n]."""
+    # of rows with mean 0 and factor 1, in one pass
+    one = torch.ones_like(rstd)[..., None]
+    d_x = torch.ops.aten.native_layer_norm_backward(
+        d_x_hat, x_hat, x_hat.shape[-1:], one - one, one, None, None, [True, False, False]
+    )[0]
+    return d_x.mul_(rstd[..., None])
 
 
 def add_rows(target: Tensor, tile: Tile, values: Tensor) -> None:

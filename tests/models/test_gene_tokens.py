@@ -48,9 +48,24 @@ def test_a_token_reads_its_columns_and_no_other() -> None:
     changed = module({**given, "rna": given["rna"]._replace(values=values)}, 3).values
     assert not torch.equal(changed[:2, 0], found.values[:2, 0])
     assert torch.equal(changed[:, 1:], found.values[:, 1:])
-    torch.testing.assert_close(
-        found.values[0, 0], module.networks[0](given["rna"].values[0, [0, 2]])
-    )
+    for i, (table, _, columns) in enumerate(gene_groups(MODALITIES)):
+        there = given[table].present
+        expected = module.networks[i](given[table].values[there][:, list(columns)])
+        torch.testing.assert_close(found.values[there, i], expected)
+
+
+def test_dropout_is_drawn_for_every_group_and_layer() -> None:
+    torch.manual_seed(0)
+    module = GeneTokens(MODALITIES, [400], dropout=0.25)
+    with torch.no_grad():
+        for network in module.networks:
+            network[0][0].weight.zero_()
+    present = torch.tensor([True])
+    given = {name: TableBatch(torch.ones(1, n), present) for name, n in (("rna", 5), ("cnv", 2))}
+    kept = module(given, 1).values[0] > 0
+    assert ((kept.float().mean(1) - 0.75).abs() < 0.1).all()
+    assert all(not torch.equal(kept[i], kept[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+    assert module.eval()(given, 1).values.unique().numel() == 1
 
 
 def test_absent_rows_may_hold_anything_and_absent_tables_give_zero_gradients() -> None:
