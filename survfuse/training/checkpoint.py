@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import os
+import zipfile
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -196,6 +197,11 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _read(path: str | os.PathLike[str], what: str, advice: str) -> Any:
     """What `save_tensors` wrote, on the CPU; nothing in the file is executed."""
     try:
+        # torch does not look at the checksums of the archive that it writes
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"the checksum of its entry {damaged} does not fit: it was damaged")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise

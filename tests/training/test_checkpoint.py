@@ -109,6 +109,17 @@ def test_a_truncated_checkpoint_says_what_to_do(tmp_path: Path) -> None:
         load_checkpoint(path)
 
 
+def test_a_flipped_byte_is_noticed(tmp_path: Path) -> None:
+    path, model = tmp_path / "weights.pt", torch.nn.Linear(30, 20)
+    save_tensors(path, model.state_dict())
+    content = bytearray(path.read_bytes())
+    at = content.index(model.weight.detach().numpy().tobytes())
+    content[at + 1000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"checksum of its entry .*data/0 does not fit"):
+        load_weights(path, model)
+
+
 def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
     torch.save({"format": 99}, tmp_path / "c.pt")
     with pytest.raises(CheckpointError, match="format 99; this version reads format 3"):
