@@ -49,16 +49,18 @@ CrossAttentionEngine choose_engine(const CrossAttentionParams& in) {
 // Everything that follows from the sizes, the same for the workspace and for the call.
 struct Plan {
   Sides sides;
-  int64_t slot_bytes, scratch_bytes, n_slots;
+  int64_t slot_bytes = 0, scratch_bytes = 0, n_slots = 0;
   std::vector<WorkItem> items;      // slot: place within its wave
   std::vector<int64_t> first_item;  // [B + 1]
   std::vector<int64_t> out_rows;    // [B] of each bag's first query in the results
   std::vector<int64_t> wave_bags;   // first bag of each wave, and B
 
+  explicit Plan(const CrossAttentionParams& in) : sides(in) {}
+
   // A wave is as many bags as have slots together; `apart`: one bag each, in their order.
   template <class Acc>
   static Plan make(const CrossAttentionParams& in, bool backward, bool apart) {
-    Plan plan{Sides(in)};
+    Plan plan(in);
     const Sides& sides = plan.sides;
     plan.scratch_bytes = round_to(choose_engine(in).scratch_bytes(in, sides.short_max), 4096);
     // with few keys the forward needs no merging
@@ -72,7 +74,6 @@ struct Plan {
         merges ? round_to(std::max(kMinChunk, (total + chunks - 1) / chunks), kChunkStep)
                : kMinChunk;
     int64_t out_row = 0, used = 0;
-    plan.n_slots = 0;
     for (int64_t b = 0; b < in.n_bags; ++b) {
       const int64_t length = sides.long_lengths[b], n_items = (length + chunk - 1) / chunk;
       if (b == 0 || apart || used + n_items > std::max<int64_t>(room, 1)) {

@@ -76,10 +76,10 @@ struct CrossAttentionTile {
       : in(params),
         few(params.few_queries),
         shared(!params.few_queries && params.query.head_stride == 0),
+        paneled(n_short_rows >= kPaneledRows),
         n_short(n_short_rows),
         dim(round_up(params.dim, P::kAlign)),
         value_dim(round_up(params.value_dim, P::kAlign)),
-        paneled(n_short_rows >= kPaneledRows),
         padded_short(round_up(n_short_rows, P::kPairs)) {
     const PoolBagParams wide = head_view(params.key, 0, std::max(dim, value_dim), nullptr, 1);
     const int64_t tile_rows =

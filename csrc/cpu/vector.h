@@ -3,6 +3,7 @@
 // inline function compiled for one instruction set can be linked into another.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -111,8 +112,11 @@ inline void transpose(const float* x, int64_t ldx, int64_t n, int64_t dim, float
       put(to + 3 * ldo, __builtin_shufflevector(AB, CE, 2, 3, 6, 7));
     }
   const int64_t padded = (n + kLanes<float> - 1) / kLanes<float> * kLanes<float>;
-  for (int64_t d = 0; d < dim; ++d)
-    for (int64_t k = i; k < padded; ++k) out[d * ldo + k] = k < n ? x[k * ldx + d] : 0;
+  for (int64_t d = 0; d < dim; ++d) {
+    float* to = out + d * ldo;
+    for (int64_t k = 0; k < n % 4; ++k) to[i + k] = x[(i + k) * ldx + d];
+    std::fill(to + n, to + padded, 0.0f);
+  }
 }
 
 // exp to 1 ulp for arguments up to 88; 0 below -87.3, where the result is no normal number.
