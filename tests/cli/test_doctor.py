@@ -136,3 +136,17 @@ def test_an_old_triton_is_not_enough(
     fake = SimpleNamespace(__version__=version)
     monkeypatch.setattr(doctor.importlib, "import_module", lambda name: fake)
     assert doctor._triton().state == state
+
+
+@pytest.mark.parametrize(
+    ("threads", "said"), [("OpenMP", "on torch's threads"), ("own", "on threads of its own")]
+)
+def test_whose_threads_the_native_core_works_on(
+    monkeypatch: pytest.MonkeyPatch, threads: str, said: str
+) -> None:
+    core = SimpleNamespace(
+        build_info=lambda: {"compiler": "g++", "cpu_isas": ["plain"], "cuda": False},
+        machine_info=lambda: {"cpu_isa": "plain", "threads": threads},
+    )
+    monkeypatch.setattr(doctor.importlib, "import_module", lambda name: core)
+    assert doctor._native()[0].found.endswith(said)
