@@ -28,8 +28,8 @@ def bag_mean(bag: Tensor, ragged: Ragged | None = None, *, backend: str | None =
         >>> bag_mean(torch.tensor([[1.0], [3.0], [5.0]]), Ragged.from_lengths([2, 0, 1])).tolist()
         [[2.0], [0.0], [5.0]]
     """
-    bag, ragged = as_packed(bag, ragged)
     check_bag(bag)
+    bag, ragged = as_packed(bag, ragged)
     kind = accumulation_type(bag.dtype)
     if backend is None and _is_one_bag(bag, ragged):
         # torch's own sum is the quickest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 _ACTIVATIONS = {"selu": nn.SELU, "elu": nn.ELU}
@@ -53,3 +54,21 @@ class SelfNormalizingNetwork(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] to [..., widths[-1]]."""
         return super().forward(x)
+
+
+def side_by_side(networks: Sequence[SelfNormalizingNetwork], inputs: Sequence[Tensor]) -> Tensor:
+    """What networks of the same widths make of an input each, [B, G, widths[-1]].
+
+    Layer by layer: what acts on one number at a time does so on those of all networks, which spares
+    hundreds of them most of their small operations.
+
+    Args:
+        networks: G of them, alike but for the width of their inputs.
+        inputs: of each, [B, its dim].
+    """
+    for layers in zip(*networks, strict=True):
+        hidden = torch.stack([linear(x) for (linear, *_), x in zip(layers, inputs)], 1)
+        for function in layers[0][1:]:
+            hidden = function(hidden)  # [B, G, width]
+        inputs = hidden.unbind(1)
+    return hidden

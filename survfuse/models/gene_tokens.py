@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from survfuse.batch import Modality
-from survfuse.layers.self_normalizing_network import SelfNormalizingNetwork
+from survfuse.layers.self_normalizing_network import SelfNormalizingNetwork, side_by_side
 from survfuse.models.settings import ModalityConfig
 
 
@@ -73,13 +73,7 @@ class GeneTokens(nn.Module):
         """
         columns, there = self._columns(inputs, n_samples)
         rows = columns.split([network[0][0].in_features for network in self.networks], 1)
-        # Layer by layer: what acts on one number at a time does so on those of all groups, which
-        # spares hundreds of pathways most of their small operations.
-        for layers in zip(*self.networks, strict=True):
-            hidden = torch.stack([linear(x) for (linear, *_), x in zip(layers, rows)], 1)
-            for function in layers[0][1:]:
-                hidden = function(hidden)  # [B, G, width]
-            rows = hidden.unbind(1)
+        hidden = side_by_side(self.networks, rows)  # [B, G, dim]
         present = torch.stack([there[table] for table, _ in self.names], 1)
         return GroupTokens(torch.where(present[..., None], hidden, 0.0), present)
 

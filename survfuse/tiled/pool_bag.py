@@ -219,8 +219,9 @@ def normalize_gradient(d_x_hat: Tensor, x_hat: Tensor, rstd: Tensor) -> Tensor:
     """That of the rows, of the gradient of their normalised ones [B, n, D] and factors [B, n]."""
     # of rows with mean 0 and factor 1, in one pass
     one = torch.ones_like(rstd)[..., None]
+    zero = torch.zeros_like(one)
     d_x = torch.ops.aten.native_layer_norm_backward(
-        d_x_hat, x_hat, x_hat.shape[-1:], one - one, one, None, None, [True, False, False]
+        d_x_hat, x_hat, x_hat.shape[-1:], zero, one, None, None, [True, False, False]
     )[0]
     return d_x.mul_(rstd[..., None])
 

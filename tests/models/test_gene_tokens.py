@@ -54,7 +54,7 @@ def test_a_token_reads_its_columns_and_no_other() -> None:
         torch.testing.assert_close(found.values[there, i], expected)
 
 
-def test_dropout_is_drawn_for_every_group_and_layer() -> None:
+def test_dropout_is_drawn_for_every_group() -> None:
     torch.manual_seed(0)
     module = GeneTokens(MODALITIES, [400], dropout=0.25)
     with torch.no_grad():
