@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import json
 import re
@@ -169,13 +170,17 @@ def room_of(name: str) -> str | None:
 
 
 ALL = modules()
-IMPORTS = [found for name, path in ALL.items() for found in imports_of(name, path)]
+
+
+@functools.cache
+def all_imports() -> list[Import]:
+    return [found for name, path in ALL.items() for found in imports_of(name, path)]
 
 
 def test_the_sources_were_found() -> None:
     rooms = {room_of(name) for name in ALL} - {None}
     assert rooms == (set(ARROWS) | set(NEUTRAL)), "a new room needs its arrows in this table"
-    targets = {(found.importer, found.target) for found in IMPORTS}
+    targets = {(found.importer, found.target) for found in all_imports()}
     # one of every way to import: from, lazy, relative, a table of names, require
     assert ("survfuse.layers.latent_attention", "survfuse.ops.tokens_attend_bag") in targets
     assert ("survfuse.native.core", "survfuse._native") in targets
@@ -194,7 +199,7 @@ def test_arrows_point_one_way() -> None:
 
 def test_imports_follow_the_arrows() -> None:
     against = []
-    for found in IMPORTS:
+    for found in all_imports():
         source, target = room_of(found.importer), room_of(found.target)
         if target is None or source is None or source == target or found.target == found.importer:
             continue
@@ -212,7 +217,7 @@ def test_imports_follow_the_arrows() -> None:
 
 def test_exceptions_are_used() -> None:
     for module, rooms in EXCEPTIONS.items():
-        used = {room_of(found.target) for found in IMPORTS if found.importer == module}
+        used = {room_of(found.target) for found in all_imports() if found.importer == module}
         assert rooms <= used, f"{module} needs no arrow to {sorted(rooms - used)} any more"
 
 
@@ -228,7 +233,7 @@ def family_of(module: str) -> str | None:
 def test_models_do_not_import_each_other() -> None:
     """So that deleting a model deletes its files and its lines in the registry, and no more."""
     against, used = [], set()
-    for found in IMPORTS:
+    for found in all_imports():
         model = family_of(found.importer)
         other = family_of(found.target)
         # `__init__` and the registry, which name every model, belong to none
@@ -251,7 +256,7 @@ def third_party(found: Import) -> str | None:
 def test_only_known_libraries_are_imported() -> None:
     """In particular nothing under the GPL, such as scikit-survival, which tests may use."""
     outside = []
-    for found in [*IMPORTS, *imports_of("setup", ROOT / "setup.py")]:
+    for found in [*all_imports(), *imports_of("setup", ROOT / "setup.py")]:
         known = {None, *OPTIONAL}
         if found.importer.startswith("survfuse.benchmarks."):
             known |= PEERS
@@ -264,7 +269,7 @@ def test_only_known_libraries_are_imported() -> None:
 
 def test_optional_libraries_are_imported_where_they_are_used() -> None:
     early = []
-    for found in IMPORTS:
+    for found in all_imports():
         library = third_party(found)
         if library is None or found.lazy or found.typing_only:
             continue
@@ -286,7 +291,7 @@ def test_a_missing_optional_library_is_named_with_its_extra() -> None:
     """
     bare = [
         f"{found.importer}:{found.line} imports {found.target} without require"
-        for found in IMPORTS
+        for found in all_imports()
         if third_party(found) and found.lazy and not found.required
         if not found.importer.startswith(("survfuse.cli", "survfuse.benchmarks.peers"))
         if not (found.importer == "survfuse.benchmarks.harness" and found.target == "triton")

@@ -87,12 +87,11 @@ def test_survpath_cohort_with_pathways_and_disease_specific_survival(shared_data
         read_cohort(rna, metadata=folder / "tcga_blca.csv", rows="slides")
 
 
-def test_outcomes_of_tcga_cdr_replace_those_of_the_table(shared_data):
+def test_outcomes_of_tcga_cdr_replace_those_of_the_table(shared_data, tcga_cdr):
     path = shared_data / "tcga_omics" / "tcga_blca_all_clean.csv.zip"
-    outcomes = shared_data / "tcga_cdr" / "outcome.xlsx"
     with pytest.raises(ValueError, match=r"DFI time or censorship is NaN for 199 rows"):
-        read_cohort(path, outcomes=outcomes, endpoint="DFI")
-    cohort = read_cohort(path, outcomes=outcomes, endpoint="DFI", missing_outcome="drop")
+        read_cohort(path, outcomes=tcga_cdr, endpoint="DFI")
+    cohort = read_cohort(path, outcomes=tcga_cdr, endpoint="DFI", missing_outcome="drop")
     assert len(cohort) == 174
     assert cohort.notes == ("199 rows without DFI were left out",)
     assert len(cohort.modalities["rnaseq"]) == 174

@@ -148,7 +148,7 @@ def test_a_saved_state_knows_the_classes() -> None:
     assert PreparedCohort.from_state(whole, state).cohort.targets == {}
 
 
-def test_gliomas(shared_data: Path) -> None:
+def test_gliomas(shared_data: Path, tcga_cdr: Path) -> None:
     table = shared_data / "tcga_omics/tcga_gbmlgg_all_clean.csv.zip"
     gliomas = read_cohort(table, tables="merged", exclude=["IDH1", "CDKN2B"])
     assert glioma_diagnosis(gliomas).counts() == {
@@ -163,8 +163,7 @@ def test_gliomas(shared_data: Path) -> None:
     assert gliomas.notes == ("3 columns of 2 excluded genes were left out",)
     with pytest.raises(ValueError, match=r"unknown gene 'IDH11'.*did you mean 'IDH1'"):
         read_cohort(table, exclude=["IDH11"])
-    pytest.importorskip("openpyxl")
-    grade = glioma_grade(gliomas, shared_data / "tcga_cdr/outcome.xlsx")
+    grade = glioma_grade(gliomas, tcga_cdr)
     assert grade.counts() == {"G2": 229, "G3": 249, "G4": 90}
     assert gliomas.unit_ids[int(np.flatnonzero(~grade.known)[0])].startswith("TCGA-")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 import zlib
@@ -40,9 +41,10 @@ def product_of(cases, *, only=lambda op, backend: True) -> list:
     return [
         marked(op, backend, device, case)
         for op in OPS
+        # the backends of a case one after the other: they share what `judges` found
+        for case in cases
         for backend, device in targets(op)
         if only(op, backend)
-        for case in cases
     ]
 
 
@@ -96,19 +98,31 @@ def test_gradients_of_rows_are_balanced(backend: str) -> None:
     check_budget(OPS[0], backend, "cpu", FAR_CASE)
 
 
-def check_budget(op: Op, backend: str, device: str, case: Case) -> None:
+@functools.lru_cache(maxsize=48)
+def judges(
+    op: Op, case: Case, dtype: torch.dtype, wide: bool, k: int
+) -> tuple[Call, list[Tensor], list[Tensor]]:
+    """The k-th call like this case's, what plain torch makes of it, and the exact result.
+
+    No backend and no instruction set has a part in it, so one computation serves all of them.
+    """
     made = op.make(case)
+    call = made.with_tensors(nearby(made.tensors, k)).to(dtype, wide=wide)
+    # the exact result of the very numbers this type holds
+    exact = itertools.chain(*grads_and_results(op, call.to(torch.float64), "reference"))
+    plain_call = call.to(dtype)
+    plain = itertools.chain(*_differentiate(plain_call, op.plain(plain_call)))
+    return call, list(plain), list(exact)
+
+
+def check_budget(op: Op, backend: str, device: str, case: Case) -> None:
     for dtype, wide in itertools.product(dtypes(backend, device), (False, True)):
         if wide and torch.finfo(dtype).bits >= 32:
             continue
 
         def draw(k: int, dtype=dtype, wide: bool = wide) -> Iterator[Compared]:
-            near = made.with_tensors(nearby(made.tensors, k))
-            call = near.to(dtype, device, wide=wide)
-            # the exact result of the very numbers this type holds
-            exact_call, plain_call = call.to(torch.float64), call.to(dtype)
-            exact = itertools.chain(*grads_and_results(op, exact_call, "reference"))
-            plain = itertools.chain(*_differentiate(plain_call, op.plain(plain_call)))
+            call, plain, exact = judges(op, case, dtype, wide, k)
+            call = call.to(dtype, device, wide=wide)
             got = list(itertools.chain(*grads_and_results(op, call, backend)))
             names = [f"result {i}" for i in range(len(got) - len(call.tensors))]
             names += [f"gradient of {name}" for name in call.tensors]
@@ -283,6 +297,9 @@ def test_opcheck(op, backend, device) -> None:
     # the compiler sees one opaque op, behind which the backend is chosen
     [marked(op, *t) for op in OPS for t in targets(op) if t[0] == "tiled" or t[1] == "cuda"],
 )
+# otherwise defaults such as dropout_p are symbols until all has been compiled, and then it is
+# compiled once more with the numbers they are: test_compile_module does that to every op
+@torch._dynamo.config.patch(specialize_float=True)
 def test_compiles_as_one_graph_for_every_length(op, backend, device) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

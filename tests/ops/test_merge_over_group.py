@@ -9,6 +9,7 @@ import torch.multiprocessing
 from survfuse import ops
 from tests.ops import group_worker
 from tests.ops.group_worker import CASES, SHARDS, make
+from tests.processes import START_METHOD
 
 RANKS = [n for n in SHARDS if n > 1]
 on_groups = pytest.mark.parametrize("n_ranks", RANKS)
@@ -18,7 +19,9 @@ on_groups = pytest.mark.parametrize("n_ranks", RANKS)
 def ranks(tmp_path_factory) -> list[dict]:
     """What each of three processes found, by the size of the group it was found in."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(group_worker.run, (str(folder),), nprocs=3)
+    torch.multiprocessing.start_processes(
+        group_worker.run, (str(folder),), nprocs=3, start_method=START_METHOD
+    )
     return [torch.load(folder / f"{rank}.pt") for rank in range(3)]
 
 

@@ -9,13 +9,16 @@ import torch.multiprocessing
 from torch import nn
 
 from survfuse.training import CoordinatedHead, GradientCoordination
+from tests.processes import START_METHOD
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
     """What each of two processes found."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(coordination_worker.run, (str(folder),), nprocs=2)
+    torch.multiprocessing.start_processes(
+        coordination_worker.run, (str(folder),), nprocs=2, start_method=START_METHOD
+    )
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

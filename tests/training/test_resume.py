@@ -4,40 +4,16 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import resume_worker
 from training_cases import given_split, small_cohort, small_config
 
 from survfuse.training import fit, resume
 from survfuse.training.config import TrainConfig
 from survfuse.training.config_files import dump_config
-
-HERE = Path(__file__).parent
-# trains until the n-th flush of a file to disk, then is gone without a word: flushes happen in
-# the middle of writing checkpoints, metrics, weights, tables and reports
-CHILD = """
-import os, signal, sys
-sys.path.insert(0, sys.argv[1])
-import torch
-torch.set_num_threads(1)
-from training_cases import given_split, small_cohort
-from survfuse.training import fit
-from survfuse.training.config_files import load_config
-left = int(sys.argv[4])
-flush = os.fsync
-def killing(handle):
-    global left
-    left -= 1
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    flush(handle)
-os.fsync = killing
-fit(load_config(sys.argv[2]), sys.argv[3], cohort=small_cohort(missing=True), split=given_split())
-print("finished", left)
-"""
+from tests.processes import forked
 
 
 def config(restarts: int = 1) -> TrainConfig:
@@ -78,16 +54,14 @@ def undisturbed_restarts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return run_undisturbed(tmp_path_factory.mktemp("restarts"), 2)
 
 
-def start(folder: Path, flushes: int, restarts: int = 1) -> subprocess.CompletedProcess[str]:
+def start(folder: Path, flushes: int, restarts: int = 1) -> int:
+    """The exit code of a run in a process of its own that is killed at its n-th flush."""
     dump_config(config(restarts), folder / "config.yaml")
-    arguments = (HERE, folder / "config.yaml", folder / "run", flushes)
-    return subprocess.run(
-        [sys.executable, "-c", CHILD, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    arguments = (flushes, str(folder / "config.yaml"), str(folder / "run"))
+    process = forked.Process(target=resume_worker.train_until, args=arguments)
+    process.start()
+    process.join(120)
+    return process.exitcode
 
 
 # head of the run, a checkpoint in mid-epoch, between a fold's last mark and the end of its
@@ -96,8 +70,7 @@ def start(folder: Path, flushes: int, restarts: int = 1) -> subprocess.Completed
 def test_killed_and_resumed_is_bit_identical(
     tmp_path: Path, undisturbed: dict[str, bytes], flushes: int
 ) -> None:
-    killed = start(tmp_path, flushes)
-    assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
+    assert start(tmp_path, flushes) == -signal.SIGKILL
     run = tmp_path / "run"
     if (run / "config.yaml").exists():
         resume(run, cohort=small_cohort(missing=True), split=given_split())
@@ -115,13 +88,13 @@ def test_killed_and_resumed_is_bit_identical(
 def test_killed_between_restarts(
     tmp_path: Path, undisturbed_restarts: dict[str, bytes], flushes: int
 ) -> None:
-    assert start(tmp_path, flushes, restarts=2).returncode == -signal.SIGKILL
+    assert start(tmp_path, flushes, restarts=2) == -signal.SIGKILL
     resume(tmp_path / "run", cohort=small_cohort(missing=True), split=given_split())
     assert finished(tmp_path / "run") == undisturbed_restarts
 
 
 def test_killed_twice_in_one_fold(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
-    assert start(tmp_path, 12).returncode == -signal.SIGKILL
+    assert start(tmp_path, 12) == -signal.SIGKILL
     run = tmp_path / "run"
     partial = (run / "metrics.jsonl").read_bytes()
 

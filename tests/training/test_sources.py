@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from training_cases import small_config
 
-from survfuse.training import ConfigError, fit
-from survfuse.training.sources import REGION, load_cohort
+from survfuse.training import ConfigError, fit, run
+from survfuse.training.sources import REGION, LoadedCohort, load_cohort
 
 SIZES = {"n_train": 8, "n_inner": 4, "n_test": 4}
 
@@ -122,15 +122,24 @@ def test_groups_by_name_are_read_below_the_folder(
     assert [len(table.groups) for table in cohort.modalities.values()] == sizes
 
 
-def test_real_slides_go_all_the_way_through(shared_data: Path, tmp_path: Path) -> None:
+def test_real_slides_go_all_the_way_through(
+    shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("openslide", reason="encoding slides needs openslide")
+    loaded = []
+
+    def load(*arguments, **options) -> LoadedCohort:
+        loaded.append(load_cohort(*arguments, **options))
+        return loaded[-1]
+
+    monkeypatch.setattr(run, "load_cohort", load)
     config = small_config(
         data={"source": "slides", "folder": str(shared_data)},
         protocol={"split": "patients", "n_folds": 2, "validation": "none", "n_bins": 2},
         training={"epochs": 1},
     )
     result = fit(config, tmp_path / "run")
-    cohort = load_cohort(config).cohort
+    ((cohort, *_),) = loaded
     assert cohort.modalities["slides"].n_patches.max() == REGION
     # the larger slide alone has 162 tissue patches
     assert cohort.modalities["slides"].n_patches.sum() > 162
