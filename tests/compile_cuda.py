@@ -4,8 +4,8 @@
     python tests/compile_cuda.py --targets sm_90a --only backward
 
 The flags are those of setup.py, warnings being errors. `ptxas -v` says what a kernel takes of
-registers and memory. Exits with 1 on a failed compile, on a warning, and on spills for sm_90a; with
-0 and a message where there is no nvcc.
+registers and memory. Exits with 1 on a failed compile, on a warning, on a file of which no kernel
+is reported, and on spills for sm_90a; with 0 and a message where there is no nvcc.
 """
 
 from __future__ import annotations
@@ -147,6 +147,8 @@ def main() -> int:
                     f"{kernel.spills:4} spilled {kernel.stack:4} stack {kernel.shared:6} shared"
                     + ("  FAILED: spills" if bad else "")
                 )
+            if not kernels and not error:
+                error = "no kernel is reported"
             if error:
                 failed += 1
                 print(f"  FAILED: {error}")

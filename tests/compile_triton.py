@@ -6,13 +6,15 @@
 The launchers run on empty CPU tensors with their kernels replaced by recorders, so what is compiled
 is what they would launch: the same constants, types, alignments and options. For NVIDIA targets
 `ptxas -v` then says how many registers a kernel takes and whether it spills; for all targets shared
-memory is held against the device's. Exits with 1 on a failed compile, on too much shared memory,
-and on spills for sm_90 (from Triton 3.7 on: the ptxas of 3.6 spills where all options meet).
+memory is held against the device's. Exits with 1 on a failed compile, on too much shared memory, on
+a kernel that no case launches, on spills for sm_90 (from Triton 3.7 on: the ptxas of 3.6 spills
+where all options meet), and where a quick case for sm_90 leaves the asynchronous pipeline.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import os
 import re
@@ -51,6 +53,11 @@ TARGETS = {
     "sm_120": (GPUTarget("cuda", 120, 32), 101376),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 65536),
 }
+# what reads a bag tile by tile: aligned rows of 16-bit features, as those of the quick cases, come
+# by asynchronous copies on sm_90
+STREAMS = ("pool_bag_fwd", "pool_bag_bwd_rows", "spread_tokens_fwd")
+STREAMS += ("cross_attention_few_fwd", "cross_attention_few_bwd", "cross_attention_many_fwd")
+KERNELS = Path(__file__).resolve().parents[1] / "triton_kernels"
 SPILLS_ARE_ERRORS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 
 
@@ -123,6 +130,16 @@ def _amd_registers(assembly: str) -> tuple[int, int]:
     return int(used[1]), int(spilled[1])
 
 
+def kernels_of_the_package() -> set[str]:
+    """Every kernel of triton_kernels, by its name."""
+    return {
+        node.name
+        for path in KERNELS.rglob("*.py")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated")
@@ -144,6 +161,12 @@ def main() -> int:
                         work.setdefault((name, *launch.key()), (launch, name))
     print(f"{len(work)} compiles on {options.jobs} processes", flush=True)
     failed = 0
+    if not options.only:
+        for name in options.targets.split(","):
+            launched = {launch.kernel for launch, target in work.values() if target == name}
+            for kernel in sorted(kernels_of_the_package() - launched):
+                failed += 1
+                print(f"FAILED: no case launches {kernel} for {name}")
     print(
         _line(
             "target",
@@ -162,6 +185,9 @@ def main() -> int:
         futures = [pool.submit(compile_launch, *item) for item in work.values()]
         for future in as_completed(futures):
             row = future.result()
+            streams = row["kernel"] in STREAMS and row["case"].startswith("bf16")
+            if options.quick and row["target"] == "sm_90" and streams and row["copies"] == 0:
+                row["error"] = "no asynchronous copies"
             failed += bool(row["error"])
             columns = ("target", "kernel", "case", "shape", *OPTIONS)
             print(

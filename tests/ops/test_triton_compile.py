@@ -1,4 +1,4 @@
-"""The Triton kernels compile for Hopper and spill nothing; no GPU is needed."""
+"""tests/compile_triton.py: what it compiles, and what it refuses; no GPU is needed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import pytest
 SCRIPT = Path(__file__).resolve().parents[1] / "compile_triton.py"
 
 
-@pytest.mark.slow
-def test_kernels_compile_for_hopper_without_spills() -> None:
+def test_a_kernel_compiles_for_hopper_without_spills() -> None:
+    """One for all: `make compile` compiles every kernel for every target."""
     pytest.importorskip("triton")
     # a process of its own: this one may have the kernels in the interpreter
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--quick", "--targets", "sm_90"],
+        [sys.executable, str(SCRIPT), "--quick", "--targets", "sm_90", "--only", "pool_bag_fwd"],
         capture_output=True,
         text=True,
         env=environment,
@@ -26,25 +26,10 @@ def test_kernels_compile_for_hopper_without_spills() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     compiled = [line.split() for line in done.stdout.splitlines() if line.startswith("sm_90")]
-    kernels = {line[1] for line in compiled}
+    assert {line[1] for line in compiled} == {"pool_bag_fwd"}
     # the tile of the bag must stay in the asynchronous pipeline: the last column counts its copies
-    streams = {"pool_bag_fwd", "pool_bag_bwd_rows", "cross_attention_many_fwd"}
-    streams |= {"cross_attention_few_fwd", "cross_attention_few_bwd", "spread_tokens_fwd"}
-    streaming = [line for line in compiled if line[1] in streams]
-    assert all(int(line[-1]) > 0 for line in streaming if line[2] == "bf16")
-    assert kernels == {
-        *("pool_bag_fwd", "pool_bag_merge", "pool_bag_bwd_rows", "pool_bag_sum"),
-        *("pool_bag_prepare", "pool_bag_scores", "pool_bag_product", "pool_bag_bwd_bag"),
-        *("cross_attention_few_fwd", "cross_attention_few_bwd", "cross_attention_many_fwd"),
-        *("cross_attention_bwd_query", "cross_attention_bwd_key"),
-        *("cross_attention_merge", "cross_attention_sum"),
-        *("spread_tokens_fwd", "spread_tokens_rows", "spread_tokens_bwd", "spread_tokens_bag"),
-        "spread_tokens_sum",
-        *("gated_scores", "gated_hidden", "gated_weights", "gated_bag"),
-        *("deformable_fwd", "deformable_bwd"),
-        *("position_biased_fwd", "position_biased_query", "position_biased_key"),
-        *("position_biased_rows", "position_biased_slots"),
-    }
+    assert [line for line in compiled if line[2] == "bf16"]
+    assert all(int(line[-1]) > 0 for line in compiled if line[2] == "bf16")
 
 
 def test_the_script_refuses_the_interpreter_and_unknown_targets() -> None:
