@@ -20,7 +20,7 @@ $(VENV)/.ready: pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 demo: setup
 	$(BIN)/survfuse demo --out runs/demo
 
-# the tests start a hundred processes of these sources, which are compiled once for all of them
+# the tests start dozens of processes of these sources, which are compiled once for all of them
 test: setup
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 2 --dist worksteal -q -p no:benchmark
 

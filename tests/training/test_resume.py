@@ -54,14 +54,18 @@ def undisturbed_restarts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return run_undisturbed(tmp_path_factory.mktemp("restarts"), 2)
 
 
-def start(folder: Path, flushes: int, restarts: int = 1) -> int:
+def start(folder: Path, flushes: int, restarts: int = 1) -> int | None:
     """The exit code of a run in a process of its own that is killed at its n-th flush."""
     dump_config(config(restarts), folder / "config.yaml")
     arguments = (flushes, str(folder / "config.yaml"), str(folder / "run"))
     process = forked.Process(target=resume_worker.train_until, args=arguments)
     process.start()
-    process.join(120)
-    return process.exitcode
+    try:
+        process.join(120)
+        # None of one that hangs
+        return process.exitcode
+    finally:
+        process.kill()
 
 
 # head of the run, a checkpoint in mid-epoch, between a fold's last mark and the end of its
